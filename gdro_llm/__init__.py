@@ -1,0 +1,1 @@
+"""A GRPO training loop for language models, steered by the controllers of `gdro_core`."""

@@ -1,0 +1,1 @@
+"""Every claim reproduced without a GPU: one file per experiment."""
