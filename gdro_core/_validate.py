@@ -1,0 +1,72 @@
+"""Checks at the entrances: each error names the argument, the rule and the value that broke it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+def choice(name: str, value: str, allowed: Sequence[str]) -> str:
+    """`value`, if it is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value
+
+
+def integer(name: str, value: int, low: int) -> int:
+    """`value` as an int, if it is a whole number and at least `low`."""
+    if isinstance(value, bool) or not float(value).is_integer() or value < low:
+        raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
+    return int(value)
+
+
+def number(name: str, value: float, low: float, high: float = np.inf, *, open_low: bool = False) -> float:
+    """`value` as a float, if it lies in [low, high] (or (low, high] with `open_low`) and is finite."""
+    if not np.isfinite(value) or not low <= value <= high or (open_low and value == low):
+        raise ValueError(f"{name} must lie in {'(' if open_low else '['}{low:g}, {high:g}], got {value!r}")
+    return float(value)
+
+
+def floats(name: str, value: ArrayLike, shape: tuple[int, ...], low: float = -np.inf, high: float = np.inf) -> Floats:
+    """`value` as a float64 array of `shape` (−1 = any length) with finite entries in [low, high]."""
+    array = np.asarray(value, dtype=np.float64)
+    if array.ndim != len(shape) or any(want not in (-1, got) for want, got in zip(shape, array.shape, strict=True)):
+        raise ValueError(f"{name} must have shape {shape} (-1: any length), got {array.shape}")
+    bad = ~np.isfinite(array) | (array < low) | (array > high)
+    if bad.any():
+        rule = "finite numbers" if (low, high) == (-np.inf, np.inf) else f"finite numbers in [{low:g}, {high:g}]"
+        raise ValueError(f"{name} must hold {rule}, got {array[bad].flat[0]!r}")
+    return array
+
+
+def integers(name: str, value: ArrayLike, shape: tuple[int, ...], low: int, high: int) -> Ints:
+    """`value` as an int64 array of `shape` (−1 = any length) with entries in low..high."""
+    array = floats(name, value, shape, low, high)
+    if (array != np.floor(array)).any():
+        raise ValueError(f"{name} must hold integers, got {array[array != np.floor(array)].flat[0]!r}")
+    return array.astype(np.int64)
+
+
+def unique_ids(ids: Sequence[Hashable]) -> list[Hashable]:
+    """`ids` as a list, if it is not empty and no id stands twice."""
+    listed = list(ids)
+    if not listed:
+        raise ValueError("ids must hold at least one id, got none")
+    if len(set(listed)) != len(listed):
+        seen: set[Hashable] = set()
+        twice = next(i for i in listed if i in seen or seen.add(i))  # type: ignore[func-returns-value]
+        raise ValueError(f"ids must be unique within a batch, got {twice!r} twice")
+    return listed
+
+
+def state(name: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Every key of `expected` (a version, a shape, a setting) stands in `found` with the same value."""
+    for key, value in expected.items():
+        if found.get(key) != value:
+            raise ValueError(f"state of {name} has {key} = {found.get(key)!r}, this one needs {value!r}")

@@ -1,0 +1,233 @@
+"""How to spend a budget of rollouts: the square-root law and two exact integer solvers.
+
+One problem throughout: maximise a separable utility of the counts n_i under a budget that must be met exactly.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+from operator import or_
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from gdro_core._validate import Floats, Ints, floats, integer, integers, number
+
+
+def sqrt_allocation(
+    variance: ArrayLike,
+    mean_budget: float,
+    *,
+    share: ArrayLike | None = None,
+    lower: ArrayLike = 0.0,
+    upper: ArrayLike = np.inf,
+) -> Floats:
+    r"""Rollouts per bin that minimise the summed gradient variance (Theorem 4.2, with box constraints).
+
+        min_n  sum_b q_b v_b / n_b    s.t.   sum_b q_b n_b = n_bar,   lower <= n_b <= upper
+
+    The KKT conditions give n_b(mu) = clip(sqrt(v_b / mu), lower_b, upper_b) (Eq. 31), and the budget fixes mu; without
+    active bounds n_b = n_bar sqrt(v_b) / sum_j q_j sqrt(v_j) (Eq. 30). With t = 1/sqrt(mu) the budget is piecewise
+    linear and non-decreasing in t, so it is solved exactly by sorting the 2B breakpoints. Bins of zero variance stay at
+    `lower` unless every other bin is at `upper`; what is left is then levelled over them.
+
+    Args:
+        variance: (B,) v_b >= 0, gradient variance of one rollout.
+        mean_budget: n_bar [rollouts / prompt].
+        share: (B,) q_b >= 0 with sum 1; uniform if None.
+        lower: scalar or (B,), >= 0 [rollouts / prompt].
+        upper: scalar or (B,), >= lower, may be infinite.
+
+    Returns:
+        (B,) real counts n_b; sum_b q_b n_b = n_bar up to rounding.
+
+    Raises:
+        ValueError: a bad argument, or a budget outside [sum q lower, sum q upper].
+
+    >>> sqrt_allocation([0.25, 0.04, 0.01], 4.0).round(3)
+    array([7.5, 3. , 1.5])
+    >>> sqrt_allocation([0.25, 0.04, 0.01], 4.0, lower=2.0, upper=6.0).round(3)
+    array([6., 4., 2.])
+    """
+    v = floats("variance", variance, (-1,), 0.0)
+    n_bar = number("mean_budget", mean_budget, 0.0)
+    q = np.full(v.shape, 1.0 / max(v.size, 1)) if share is None else floats("share", share, v.shape, 0.0)
+    if v.size == 0 or abs(q.sum() - 1.0) > 1e-9:
+        raise ValueError(f"share must have at least one entry and sum to 1, got {q.size} with sum {q.sum()!r}")
+    low = floats("lower", np.broadcast_to(lower, v.shape), v.shape, 0.0)
+    high = np.broadcast_to(np.asarray(upper, dtype=np.float64), v.shape)
+    if not (low <= high).all():  # also catches NaN
+        raise ValueError(f"upper must be at least lower, got lower {lower!r}, upper {upper!r}")
+    used = q > 0
+    least, most = float(q @ low), float(q[used] @ high[used])
+    slack = 1e-12 * max(1.0, n_bar)
+    if not least - slack <= n_bar <= most + slack:
+        raise ValueError(f"mean_budget must lie in [{least:g}, {most:g}] for these bounds, got {n_bar!r}")
+
+    deviation = np.sqrt(v)
+    counts = low.copy()
+    active = deviation > 0
+    reach = float(q[used & active] @ high[used & active] + q[~active] @ low[~active])
+    if active.any() and n_bar <= reach:
+        counts[active] = _water_fill(
+            deviation[active], q[active], low[active], high[active], n_bar - float(q[~active] @ low[~active])
+        )
+    else:
+        counts[active] = high[active]
+        rest = ~active
+        counts[rest] = _water_fill(
+            np.ones(int(rest.sum())),
+            q[rest],
+            low[rest],
+            high[rest],
+            n_bar - float(q[active & used] @ high[active & used]),
+        )
+    return counts
+
+
+def _water_fill(slope: Floats, q: Floats, low: Floats, high: Floats, budget: float) -> Floats:
+    """n = clip(t * slope, low, high) for the t >= 0 with q @ n = budget; slope > 0."""
+    with np.errstate(over="ignore"):
+        start, stop = low / slope, high / slope  # the line of a bin rises between these two t
+    times = np.concatenate([start, stop])
+    change = np.concatenate([q * slope, -q * slope])
+    finite = np.isfinite(times)
+    order = np.argsort(times[finite], kind="stable")
+    times, change = times[finite][order], change[finite][order]
+    rate = np.cumsum(change)  # slope of q @ n(t) just after each breakpoint
+    spent = float(q @ low) + np.concatenate([[0.0], np.cumsum(rate[:-1] * np.diff(times))])
+    k = max(int(np.searchsorted(spent, budget, side="right")) - 1, 0)
+    rising = (start <= times[k]) & (times[k] < stop) & (q > 0)
+    if not rising.any():
+        return np.asarray(np.clip(times[k] * slope, low, high))
+    fixed = np.where(times[k] >= stop, high, low)
+    t = (budget - float(q[~rising] @ fixed[~rising])) / float(q[rising] @ slope[rising])  # no accumulated rounding
+    return np.asarray(np.clip(t * slope, low, high))
+
+
+def greedy_allocation(
+    utility: ArrayLike, budget: int, *, min_rollouts: int, rng: np.random.Generator | None = None
+) -> Ints:
+    r"""Counts that maximise a separable concave utility at unit cost: greedy by marginal gain, which is exact.
+
+        max_n  sum_i U_i(n_i)    s.t.   sum_i n_i = budget,   n_min <= n_i <= n_max = n_min + A - 1
+
+    Exact because the `budget - N n_min` largest marginal gains U_i(n+1) - U_i(n) of concave rows are always prefixes of
+    their rows (theory test 3: greedy = dynamic program = brute force).
+
+    Args:
+        utility: (N, A) U_i at n_min, n_min + 1, ...; rows concave.
+        budget: total rollouts, in [N n_min, N n_max].
+        min_rollouts: n_min, the count of column 0.
+        rng: breaks ties at random; without it the first prompts win.
+
+    Returns:
+        (N,) integer counts with sum `budget`.
+
+    Raises:
+        ValueError: a bad argument, a row that is not concave, or a budget out of range.
+
+    >>> greedy_allocation([[0.0, 0.5, 0.7], [0.0, 0.3, 0.5]], 4, min_rollouts=1)
+    array([2, 2])
+    """
+    table = floats("utility", utility, (-1, -1))
+    low = integer("min_rollouts", min_rollouts, 0)
+    total = integer("budget", budget, 0)
+    prompts, arms = table.shape
+    if prompts == 0 or arms == 0:
+        raise ValueError(f"utility must have at least one row and one column, got shape {table.shape}")
+    least, most = prompts * low, prompts * (low + arms - 1)
+    if not least <= total <= most:
+        raise ValueError(f"budget must lie in [{least}, {most}] for {prompts} prompts, got {total}")
+    gains = np.diff(table, axis=1)  # (N, A-1)
+    rounding = 1e-9 * max(1.0, float(np.abs(table).max()))
+    if arms > 2 and (np.diff(gains, axis=1) > rounding).any():
+        raise ValueError("utility must be concave along axis 1; use exact_budget_allocation for other utilities")
+    gains = np.minimum.accumulate(gains, axis=1)
+    extra = total - least
+    counts = np.full(prompts, low, dtype=np.int64)
+    if extra == 0:
+        return counts
+    flat = gains.ravel()
+    threshold = np.partition(flat, flat.size - extra)[flat.size - extra]  # the smallest gain that is still bought
+    counts += (gains > threshold).sum(axis=1)
+    ties = np.flatnonzero(flat == threshold)
+    if rng is not None:
+        rng.shuffle(ties)
+    np.add.at(counts, ties[: total - int(counts.sum())] // (arms - 1), 1)
+    return counts
+
+
+def exact_budget_allocation(
+    utility: ArrayLike, size: ArrayLike, budget: int, *, min_rollouts: int, rng: np.random.Generator | None = None
+) -> Ints:
+    r"""One count per bin, meeting a budget exactly: the multiple-choice knapsack of §3.3, by dynamic program.
+
+        max_n  sum_b U_b(n_b)    s.t.   sum_b c_b n_b = budget,   n_b in {n_min, ..., n_min + A - 1}
+
+    V_b(s) = max_n U_b(n) + V_{b+1}(s - c_b n), V_B(0) = 0; O(B A budget). U_b counts the whole bin: multiply a utility
+    per prompt by c_b before. No concavity is needed. With `rng` the answer is uniform over all optimal allocations
+    (values within rounding, 1e-12 relative, count as equal), otherwise it takes the smallest counts first.
+
+    Args:
+        utility: (B, A) U_b at n_min, n_min + 1, ...
+        size: (B,) prompts c_b >= 0 of each bin in the batch.
+        budget: total rollouts.
+        min_rollouts: n_min, the count of column 0.
+        rng: breaks ties; see above.
+
+    Returns:
+        (B,) integer counts with size @ counts = budget.
+
+    Raises:
+        ValueError: a bad argument, or a budget that no choice of counts meets; the message names the nearest that one
+            does.
+
+    >>> exact_budget_allocation([[0.0, 1.0, 1.5], [0.0, 3.0, 4.0]], [2, 1], 6, min_rollouts=1)
+    array([2, 2])
+    """
+    table = floats("utility", utility, (-1, -1))
+    bins, arms = table.shape
+    low = integer("min_rollouts", min_rollouts, 0)
+    total = integer("budget", budget, 0)
+    if bins == 0 or arms == 0:
+        raise ValueError(f"utility must have at least one row and one column, got shape {table.shape}")
+    sizes = integers("size", size, (bins,), 0, 2**31)
+    options = low + np.arange(arms)
+    spend = np.arange(total + 1)
+    value = np.where(spend == 0, 0.0, -np.inf)  # V_B
+    ways = np.where(spend == 0, 1.0, 0.0)  # number of optimal completions
+    weights = []  # per bin (A, S): optimal completions through each arm
+    for b in reversed(range(bins)):
+        before = spend - sizes[b] * options[:, None]  # (A, S) budget left for the later bins
+        reached = before >= 0
+        before = np.where(reached, before, 0)
+        candidates = np.where(reached, value[before], -np.inf) + table[b][:, None]
+        value = candidates.max(axis=0)
+        optimal = np.isfinite(candidates) & (candidates >= value - 1e-12 * np.maximum(1.0, np.abs(value)))
+        weights.append(np.where(optimal, ways[before], 0.0))
+        ways = weights[-1].sum(axis=0)
+    if not np.isfinite(value[total]):
+        raise ValueError(
+            f"budget {total} cannot be met by {low}..{options[-1]} rollouts for bins of sizes {sizes.tolist()}; "
+            f"nearest feasible: {' and '.join(map(str, _nearest_budgets(sizes, options, total)))}"
+        )
+    counts = np.empty(bins, dtype=np.int64)
+    left = total
+    for b, weight in enumerate(reversed(weights)):
+        column = weight[:, left]
+        arm = int(rng.choice(arms, p=column / column.sum())) if rng is not None else int(np.argmax(column > 0))
+        counts[b] = options[arm]
+        left -= int(sizes[b] * options[arm])
+    return counts
+
+
+def _nearest_budgets(sizes: Ints, options: Ints, budget: int) -> list[int]:
+    """The feasible budgets next to an infeasible one, below and above (those that exist)."""
+    reach = 1  # bit s is set: the budget s can be met
+    for size in sizes.tolist():
+        reach = reduce(or_, (reach << (size * option) for option in options.tolist()))
+    below = (reach & ((1 << budget) - 1)).bit_length() - 1
+    above = reach >> (budget + 1)
+    nearest = [below] if below >= 0 else []
+    return [*nearest, budget + (above & -above).bit_length()] if above else nearest

@@ -1,0 +1,303 @@
+"""The one data flow: ids -> plan -> (sample, grade) -> observe. Adapters own nothing else.
+
+`plan` uses past information only and changes nothing; `observe` learns from the graded rollouts of a plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from gdro_core._validate import Floats, Ints, floats, integer, number, state, unique_ids
+from gdro_core.difficulty import OnlineDifficultyClassifier
+from gdro_core.prompt_game import PromptGDRO, prompt_payoff
+from gdro_core.rollout_game import RolloutGDRO
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Everything a step decides."""
+
+    ids: tuple[Hashable, ...]  # N unique prompt ids
+    bins: Ints  # (N,) difficulty bins the plan was made with, −1 = unseen
+    weights: Floats  # (N,) factor on each prompt's advantages
+    counts: Ints  # (N,) rollouts of each prompt
+    price: float  # shadow price [utility / rollout]; 0 without a rollout game
+    step: int  # number of observations the controller had made
+
+    @property
+    def owner(self) -> Ints:
+        """(sum of counts,) flat rollout row -> prompt row."""
+        return np.repeat(np.arange(len(self.ids)), self.counts)
+
+
+class GDROController:
+    r"""Two games over one difficulty classifier; either may be absent, and without both it is plain GRPO.
+
+    Weights have mean 1 over the batch's rollouts (sum_i n_i w_i = sum_i n_i), so that the games steer directions, not
+    the learning rate; ratios of weights never depend on the batch. Departs: `weighting="published"` leaves Eq. 16's
+    weights unnormalised. Counts always sum to n_bar N.
+
+    Several workers with the same state make the same plan: ties are broken by a generator seeded with (seed, step).
+
+    Args:
+        classifier: difficulty bins.
+        prompt: Prompt-GDRO, or None for weights 1.
+        rollout: Rollout-GDRO, or None for n_bar rollouts each.
+        mean_rollouts: n_bar, a whole number; needed only without `rollout`.
+        joint: rollouts follow the prompt weights (n ∝ ω√v, F7) when both games are on.
+        seed: decides ties.
+
+    >>> controller = GDROController.recommended(mean_rollouts=4, seed=0)
+    >>> plan = controller.plan(["gsm8k/17", "gsm8k/4", "aime/3"])
+    >>> plan.counts, plan.weights, plan.bins
+    (array([4, 4, 4]), array([1., 1., 1.]), array([-1, -1, -1]))
+    >>> metrics = controller.observe(plan, rewards=[1, 1, 1, 1, 0, 1, 1, 0, 0, 0, 0, 0])  # flat, in plan order
+    >>> controller.plan(["gsm8k/17", "gsm8k/4", "aime/3"]).counts
+    array([3, 6, 3])
+    """
+
+    def __init__(
+        self,
+        classifier: OnlineDifficultyClassifier,
+        prompt: PromptGDRO | None = None,
+        rollout: RolloutGDRO | None = None,
+        *,
+        mean_rollouts: int | None = None,
+        joint: bool = True,
+        seed: int = 0,
+    ) -> None:
+        for name, game in (("prompt", prompt), ("rollout", rollout)):
+            if game is not None and game.num_bins != classifier.num_bins:
+                raise ValueError(
+                    f"{name}.num_bins must equal the classifier's {classifier.num_bins}, got {game.num_bins}"
+                )
+        if (rollout is None) == (mean_rollouts is None):
+            raise ValueError(
+                f"exactly one of rollout and mean_rollouts must be given, got mean_rollouts={mean_rollouts!r}"
+            )
+        if prompt is not None and prompt.payoff == "learnability":
+            least = mean_rollouts if rollout is None else rollout.min_rollouts
+            number("min_rollouts with payoff 'learnability'", least or 0, 2)
+        self.classifier, self.prompt, self.rollout = classifier, prompt, rollout
+        self.joint = joint
+        self.seed = integer("seed", seed, 0)
+        self._mean_rollouts = None if mean_rollouts is None else integer("mean_rollouts", mean_rollouts, 1)
+        self._step = 0
+
+    @classmethod
+    def uniform(cls, mean_rollouts: int, *, num_bins: int = 10, seed: int = 0) -> GDROController:
+        """Plain GRPO: weight 1 and n_bar rollouts for all; difficulty is observed for the metrics only."""
+        return cls(OnlineDifficultyClassifier(_equal_edges(num_bins)), mean_rollouts=mean_rollouts, seed=seed)
+
+    @classmethod
+    def recommended(
+        cls,
+        mean_rollouts: int,
+        min_rollouts: int = 2,
+        max_rollouts: int = 12,
+        *,
+        num_bins: int = 10,
+        prompt: bool = True,
+        rollout: bool = True,
+        seed: int = 0,
+    ) -> GDROController:
+        """What measured best so far: error payoff (η = 2) around the data share, counts per prompt by the joint law.
+
+        Differs from `published` in: bins by a Beta posterior of the pass rate instead of any-of-n (F10); a payoff that
+        sees difficulty (F1); weights e^{ηS} normalised to mean 1; counts from the posterior variance (F2) for each
+        prompt instead of each bin; both games together, coupled by n ∝ ω√v (F7).
+        """
+        return cls(
+            OnlineDifficultyClassifier(_equal_edges(num_bins)),
+            PromptGDRO(num_bins) if prompt else None,
+            RolloutGDRO(num_bins, mean_rollouts, min_rollouts, max_rollouts) if rollout else None,
+            mean_rollouts=None if rollout else mean_rollouts,
+            seed=seed,
+        )
+
+    @classmethod
+    def published(
+        cls,
+        mean_rollouts: int,
+        min_rollouts: int = 2,
+        max_rollouts: int = 12,
+        *,
+        num_bins: int = 10,
+        prompt: bool = True,
+        rollout: bool = False,
+        seed: int = 0,
+    ) -> GDROController:
+        """The paper's choices (App. A). Its runs play one game at a time; both together are uncoupled.
+
+        Prompt: surrogate payoff, share-normalised, η 0.65, γ 0.01, β 0.12, ω_max 15, weights as in Eq. 16; window 100.
+        Rollout: bandit over n per bin, η 0.65, γ 0.01, EMA 0.4, α_μ 0.05; window 50. Both: any-of-n bins, δ 0.03.
+        Departs, where the released code does (F3, F5): bins are looked up by id, unseen prompts get weight 1 and n_bar
+        rollouts, ties break at random, a played arm's score is updated.
+        """
+        window = 100 if prompt else 50
+        return cls(
+            OnlineDifficultyClassifier(_equal_edges(num_bins), "any", window=window, hysteresis=0.03),
+            PromptGDRO(
+                num_bins,
+                payoff="surrogate",
+                step_size=0.65,
+                exploration=0.01,
+                reference="uniform",
+                weighting="published",
+                share_normalised=True,
+            )
+            if prompt
+            else None,
+            RolloutGDRO(num_bins, mean_rollouts, min_rollouts, max_rollouts, utility="surrogate", granularity="bin")
+            if rollout
+            else None,
+            mean_rollouts=None if rollout else mean_rollouts,
+            joint=False,
+            seed=seed,
+        )
+
+    def plan(self, ids: Sequence[Hashable]) -> Plan:
+        """Decide weights and counts for a batch, from past observations only. Changes nothing.
+
+        Args:
+            ids: N unique ids.
+
+        Raises:
+            ValueError: ids empty or not unique, or a budget that cannot be met.
+        """
+        names = unique_ids(ids)
+        bins = self.classifier.bins(names)
+        weights = np.ones(len(names)) if self.prompt is None else self.prompt.weights(bins)
+        price = 0.0
+        if self.rollout is None:
+            counts = np.full(len(names), self._mean_rollouts, dtype=np.int64)
+        else:
+            rng = np.random.default_rng([self.seed, self._step])
+            a, b = self.classifier.posterior(names)
+            counts, price = self.rollout.allocate(bins, a, b, weights if self.joint else None, rng=rng)
+        if self.prompt is not None and self.prompt.weighting == "importance":
+            weights = weights / np.average(weights, weights=counts)
+        return Plan(tuple(names), bins, weights, counts, price, self._step)
+
+    def observe(self, plan: Plan, rewards: ArrayLike) -> dict[str, Any]:
+        """Learn from the graded rollouts of a plan.
+
+        Args:
+            plan: what `plan` returned for this batch.
+            rewards: (sum of counts,) in [0, 1], in plan order (`plan.owner`); 1 is correct, fractions are partial
+                credit. Map a ±1 reward by (r + 1) / 2.
+
+        Returns:
+            metrics: see `metrics`.
+
+        Raises:
+            ValueError: rewards of another length, outside [0, 1] or not finite; nothing has changed then.
+        """
+        reward = floats("rewards", rewards, (int(plan.counts.sum()),), 0.0, 1.0)
+        correct = np.bincount(plan.owner, weights=reward, minlength=len(plan.ids))
+        self.classifier.observe(plan.ids, correct, plan.counts)
+        if self.prompt is not None and self.prompt.payoff != "surrogate":
+            self.prompt.observe(plan.bins, prompt_payoff(self.prompt.payoff, correct, plan.counts))
+        self._step += 1
+        return self.metrics(plan, correct / plan.counts)
+
+    @property
+    def needs_losses(self) -> bool:
+        """Whether a game waits for `observe_losses`: the published payoffs are by-products of the policy update."""
+        return (self.prompt is not None and self.prompt.payoff == "surrogate") or (
+            self.rollout is not None and self.rollout.utility == "surrogate"
+        )
+
+    def observe_losses(self, plan: Plan, losses: ArrayLike) -> None:
+        """Feed the published games with the update's prompt losses (Eq. 7), unweighted; others need no call.
+
+        Args:
+            plan: the plan of the batch.
+            losses: (N,) mean over the prompt's rollouts of the clipped surrogate loss.
+        """
+        loss = floats("losses", losses, (len(plan.ids),))
+        if self.prompt is not None and self.prompt.payoff == "surrogate":
+            self.prompt.observe(plan.bins, loss)
+        if self.rollout is not None and self.rollout.utility == "surrogate":
+            self.rollout.observe(plan.bins, plan.counts, loss)
+
+    def metrics(self, plan: Plan, mean_reward: ArrayLike) -> dict[str, Any]:
+        """What a step did, per bin (lists of B, None for a bin without prompts) and in all.
+
+        Args:
+            plan: the plan of the batch.
+            mean_reward: (N,) mean reward of each prompt.
+
+        Returns:
+            bin_share, unseen_share: share of the batch's prompts; bin_error: 1 - mean reward; bin_weight: mean weight;
+            bin_rollouts: mean count; bin_probability: q_b (prompt game only); shadow_price; lead_lag: mean bin index
+            under the weights minus under the data (Eq. 32), below 0 when the weights lean to harder bins.
+        """
+        reward = floats("mean_reward", mean_reward, plan.bins.shape, 0.0, 1.0)
+        seen = plan.bins >= 0
+        b = plan.bins[seen]
+        size = np.bincount(b, minlength=self.classifier.num_bins)
+
+        def per_bin(values: Floats | Ints) -> list[float | None]:
+            total = np.bincount(b, weights=values[seen], minlength=size.size)
+            return [float(t / n) if n else None for t, n in zip(total, size, strict=True)]
+
+        found: dict[str, Any] = {
+            "bin_share": (size / len(plan.ids)).tolist(),
+            "unseen_share": float(1.0 - seen.mean()),
+            "bin_error": per_bin(1.0 - reward),
+            "bin_rollouts": per_bin(plan.counts),
+        }
+        if self.prompt is not None:
+            found["bin_probability"] = self.prompt.probabilities.tolist()
+        if self.prompt is not None or self.rollout is not None:
+            found["bin_weight"] = per_bin(plan.weights)
+            found["shadow_price"] = plan.price
+            found["lead_lag"] = float(np.average(b, weights=plan.weights[seen]) - b.mean()) if b.size else None
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """All memory as plain lists and numbers; `load_state_dict` continues bit for bit."""
+        return {
+            "version": 1,
+            "seed": self.seed,
+            "step": self._step,
+            "classifier": self.classifier.state_dict(),
+            "prompt": None if self.prompt is None else self.prompt.state_dict(),
+            "rollout": None if self.rollout is None else self.rollout.state_dict(),
+        }
+
+    def load_state_dict(self, found: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()` of a controller with the same parts and settings.
+
+        Raises:
+            ValueError: other parts, settings, shapes or version; nothing has changed then.
+        """
+        state("GDROController", found, {"version": 1, "seed": self.seed})
+        parts = {"classifier": self.classifier, "prompt": self.prompt, "rollout": self.rollout}
+        for name, part in parts.items():
+            if (part is None) != (found.get(name) is None):
+                raise ValueError(
+                    f"state of GDROController {'has' if part is None else 'lacks'} {name}, this one does not"
+                )
+        step = integer("step", found["step"], 0)
+        before = {name: part.state_dict() for name, part in parts.items() if part is not None}
+        try:
+            for name, part in parts.items():
+                if part is not None:
+                    part.load_state_dict(found[name])
+        except BaseException:
+            for name, part in parts.items():
+                if part is not None:
+                    part.load_state_dict(before[name])
+            raise
+        self._step = step
+
+
+def _equal_edges(num_bins: int) -> Floats:
+    return np.linspace(0.0, 1.0, integer("num_bins", num_bins, 1) + 1)[1:-1]
