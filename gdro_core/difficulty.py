@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import betaln
 
 from gdro_core._validate import Floats, Ints, choice, floats, integer, number, state, unique_ids
 
@@ -26,7 +25,7 @@ class OnlineDifficultyClassifier:
 
     - `"pass_rate"` (default): posterior mean of p. Does not depend on n, so allocation cannot feed back (F10).
       Departs: the paper bins by the moving pass@k of Eq. 10.
-    - `"pass@k"`: posterior mean of 1 - (1 - p)^k = 1 - B(a, b + k) / B(a, b), B the Beta function.
+    - `"pass@k"`: posterior mean of 1 - (1 - p)^k = 1 - prod_{j<k} (b + j) / (a + b + j).
     - `"any"` (published, Eq. 10): share of the last `window` visits with any correct rollout.
 
     Bin edges are 0 = a_0 < edges < a_B = 1; bin j holds [a_j, a_{j+1}) (Eq. 11). With `hysteresis` δ a prompt leaves
@@ -209,5 +208,6 @@ class OnlineDifficultyClassifier:
             return np.asarray((visits == 1).sum(axis=1) / (visits >= 0).sum(axis=1), dtype=np.float64)
         a, b = self.prior[0] + self._successes[rows], self.prior[1] + self._failures[rows]
         if self.statistic == "pass@k":
-            return np.asarray(-np.expm1(betaln(a, b + self.k) - betaln(a, b)), dtype=np.float64)
+            tries = np.arange(self.k)
+            return np.asarray(1.0 - ((b[:, None] + tries) / ((a + b)[:, None] + tries)).prod(axis=1))
         return a / (a + b)

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import logsumexp
 
 from gdro_core._validate import Floats, choice, floats, integer, integers, number, state
 
@@ -40,7 +39,7 @@ class PromptGDRO:
     r"""Entropic adversary over bins; the learner meets it as weights on prompts.
 
         S_b <- (1 - beta) S_b + beta l_b          l_b: mean payoff of the bin's prompts; bins present only (Eq. 12)
-        q_b  = (1 - gamma) r_b e^{eta S_b} / sum_j r_j e^{eta S_j} + gamma r_b         (Eq. 14-15; Lemma 4.1, reference r)
+        q_b  = (1 - gamma) r_b e^{eta S_b} / sum_j r_j e^{eta S_j} + gamma r_b      (Eq. 14-15; Lemma 4.1, reference r)
         w_b  = min(q_b / p_b, max_weight)         p_b = running share of bin b among the prompts drawn
 
     With r = p (`reference="share"`) the weight is e^{eta S_b} / sum_j p_j e^{eta S_j}: the adversary of the
@@ -128,7 +127,7 @@ class PromptGDRO:
                 self.share if self.reference == "share" else np.full(self.num_bins, 1 / self.num_bins)
             )
         logits = self.step_size * self.scores + log_reference
-        tilted = np.exp(logits - logsumexp(logits))
+        tilted = np.exp(logits - np.logaddexp.reduce(logits))
         return np.asarray((1.0 - self.exploration) * tilted + self.exploration * np.exp(log_reference))
 
     @property
@@ -140,7 +139,7 @@ class PromptGDRO:
             return np.ones(self.num_bins)
         if self.reference == "share":
             with np.errstate(divide="ignore"):
-                log_mean = logsumexp(self.step_size * self.scores + np.log(self.share))
+                log_mean = np.logaddexp.reduce(self.step_size * self.scores + np.log(self.share))
             ratio = np.exp(np.minimum(self.step_size * self.scores - log_mean, np.log(self.max_weight)))
             ratio = (1.0 - self.exploration) * ratio + self.exploration
         else:

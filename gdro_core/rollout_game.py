@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import log_softmax
 
 from gdro_core._validate import Floats, Ints, choice, floats, integer, integers, number, state
 from gdro_core.allocation import exact_budget_allocation, greedy_allocation
@@ -188,8 +187,9 @@ class RolloutGDRO:
     @property
     def arm_probabilities(self) -> Floats:
         """(B, A) p_b(n) of the published game."""
-        mixed = (1.0 - self.exploration) * np.exp(log_softmax(self.step_size * self._scores, axis=1))
-        return np.asarray(mixed + self.exploration / self.arms.size)
+        logits = self.step_size * self._scores
+        softmax = np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
+        return np.asarray((1.0 - self.exploration) * softmax + self.exploration / self.arms.size)
 
     def observe(self, bins: ArrayLike, counts: ArrayLike, losses: ArrayLike) -> None:
         """Feed the published game with the prompt losses of an update (`utility="surrogate"` only).
