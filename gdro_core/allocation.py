@@ -5,6 +5,7 @@ One problem throughout: maximise a separable utility of the counts n_i under a b
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from functools import reduce
 from operator import or_
 
@@ -54,8 +55,10 @@ def sqrt_allocation(
     q = np.full(v.shape, 1.0 / max(v.size, 1)) if share is None else floats("share", share, v.shape, 0.0)
     if v.size == 0 or abs(q.sum() - 1.0) > 1e-9:
         raise ValueError(f"share must have at least one entry and sum to 1, got {q.size} with sum {q.sum()!r}")
-    low = floats("lower", np.broadcast_to(lower, v.shape), v.shape, 0.0)
-    high = np.broadcast_to(np.asarray(upper, dtype=np.float64), v.shape)
+    low = floats("lower", np.full(v.shape, lower) if np.ndim(lower) == 0 else lower, v.shape, 0.0)
+    high = np.asarray(np.full(v.shape, upper) if np.ndim(upper) == 0 else upper, dtype=np.float64)
+    if high.shape != v.shape:
+        raise ValueError(f"upper must be a scalar or have shape {v.shape}, got {high.shape}")
     if not (low <= high).all():  # also catches NaN
         raise ValueError(f"upper must be at least lower, got lower {lower!r}, upper {upper!r}")
     used = q > 0
@@ -73,7 +76,7 @@ def sqrt_allocation(
             deviation[active], q[active], low[active], high[active], n_bar - float(q[~active] @ low[~active])
         )
     else:
-        counts[active] = high[active]
+        counts[active] = np.where(used[active] | np.isfinite(high[active]), high[active], low[active])
         rest = ~active
         counts[rest] = _water_fill(
             np.ones(int(rest.sum())),
@@ -87,22 +90,23 @@ def sqrt_allocation(
 
 def _water_fill(slope: Floats, q: Floats, low: Floats, high: Floats, budget: float) -> Floats:
     """n = clip(t * slope, low, high) for the t >= 0 with q @ n = budget; slope > 0."""
+    used = q > 0
+
+    def counts(t: float) -> Floats:
+        with np.errstate(over="ignore"):
+            return np.asarray(np.clip(t * slope, low, high))
+
     with np.errstate(over="ignore"):
         start, stop = low / slope, high / slope  # the line of a bin rises between these two t
-    times = np.concatenate([start, stop])
-    change = np.concatenate([q * slope, -q * slope])
-    finite = np.isfinite(times)
-    order = np.argsort(times[finite], kind="stable")
-    times, change = times[finite][order], change[finite][order]
-    rate = np.cumsum(change)  # slope of q @ n(t) just after each breakpoint
-    spent = float(q @ low) + np.concatenate([[0.0], np.cumsum(rate[:-1] * np.diff(times))])
-    k = max(int(np.searchsorted(spent, budget, side="right")) - 1, 0)
-    rising = (start <= times[k]) & (times[k] < stop) & (q > 0)
+    times = np.unique(np.concatenate([start, stop]))
+    times = times[np.isfinite(times)]
+    # Spending is evaluated at each t that the search visits: summed up over t, rounding would drown small slopes.
+    k = max(bisect_right(times, budget, key=lambda t: float(q[used] @ counts(t)[used])) - 1, 0)
+    rising = (start <= times[k]) & (times[k] < stop) & used
     if not rising.any():
-        return np.asarray(np.clip(times[k] * slope, low, high))
-    fixed = np.where(times[k] >= stop, high, low)
-    t = (budget - float(q[~rising] @ fixed[~rising])) / float(q[rising] @ slope[rising])  # no accumulated rounding
-    return np.asarray(np.clip(t * slope, low, high))
+        return counts(times[k])
+    fixed = np.where(times[k] >= stop, high, low)[used & ~rising]
+    return counts((budget - float(q[used & ~rising] @ fixed)) / float(q[rising] @ slope[rising]))
 
 
 def greedy_allocation(
@@ -113,7 +117,8 @@ def greedy_allocation(
         max_n  sum_i U_i(n_i)    s.t.   sum_i n_i = budget,   n_min <= n_i <= n_max = n_min + A - 1
 
     Exact because the `budget - N n_min` largest marginal gains U_i(n+1) - U_i(n) of concave rows are always prefixes of
-    their rows (theory test 3: greedy = dynamic program = brute force).
+    their rows (theory test 3: greedy = dynamic program = brute force). Rows may fail concavity by rounding, up to
+    1e-9 max(1, max |U|); the value is then optimal up to that much a rollout.
 
     Args:
         utility: (N, A) U_i at n_min, n_min + 1, ...; rows concave.
@@ -167,7 +172,7 @@ def exact_budget_allocation(
 
     V_b(s) = max_n U_b(n) + V_{b+1}(s - c_b n), V_B(0) = 0; O(B A budget). U_b counts the whole bin: multiply a utility
     per prompt by c_b before. No concavity is needed. With `rng` the answer is uniform over all optimal allocations
-    (values within rounding, 1e-12 relative, count as equal), otherwise it takes the smallest counts first.
+    (values within rounding, 1e-12 of sum_b max |U_b|, count as equal), otherwise it takes the smallest counts first.
 
     Args:
         utility: (B, A) U_b at n_min, n_min + 1, ...
@@ -195,6 +200,7 @@ def exact_budget_allocation(
     sizes = integers("size", size, (bins,), 0, 2**31)
     options = low + np.arange(arms)
     spend = np.arange(total + 1)
+    rounding = 1e-12 * float(np.abs(table).max(axis=1).sum())
     value = np.where(spend == 0, 0.0, -np.inf)  # V_B
     ways = np.where(spend == 0, 1.0, 0.0)  # number of optimal completions
     weights = []  # per bin (A, S): optimal completions through each arm
@@ -204,7 +210,7 @@ def exact_budget_allocation(
         before = np.where(reached, before, 0)
         candidates = np.where(reached, value[before], -np.inf) + table[b][:, None]
         value = candidates.max(axis=0)
-        optimal = np.isfinite(candidates) & (candidates >= value - 1e-12 * np.maximum(1.0, np.abs(value)))
+        optimal = np.isfinite(candidates) & (candidates >= value - rounding)
         weights.append(np.where(optimal, ways[before], 0.0))
         ways = weights[-1].sum(axis=0)
     if not np.isfinite(value[total]):

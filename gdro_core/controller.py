@@ -200,9 +200,9 @@ class GDROController:
         """
         reward = floats("rewards", rewards, (int(plan.counts.sum()),), 0.0, 1.0)
         correct = np.bincount(plan.owner, weights=reward, minlength=len(plan.ids))
-        self.classifier.observe(plan.ids, correct, plan.counts)
         if self.prompt is not None and self.prompt.payoff != "surrogate":
             self.prompt.observe(plan.bins, prompt_payoff(self.prompt.payoff, correct, plan.counts))
+        self.classifier.observe(plan.ids, correct, plan.counts)
         self._step += 1
         return self.metrics(plan, correct / plan.counts)
 
@@ -221,10 +221,10 @@ class GDROController:
             losses: (N,) mean over the prompt's rollouts of the clipped surrogate loss.
         """
         loss = floats("losses", losses, (len(plan.ids),))
-        if self.prompt is not None and self.prompt.payoff == "surrogate":
-            self.prompt.observe(plan.bins, loss)
         if self.rollout is not None and self.rollout.utility == "surrogate":
             self.rollout.observe(plan.bins, plan.counts, loss)
+        if self.prompt is not None and self.prompt.payoff == "surrogate":
+            self.prompt.observe(plan.bins, loss)
 
     def metrics(self, plan: Plan, mean_reward: ArrayLike) -> dict[str, Any]:
         """What a step did, per bin (lists of B, None for a bin without prompts) and in all.
@@ -236,7 +236,8 @@ class GDROController:
         Returns:
             bin_share, unseen_share: share of the batch's prompts; bin_error: 1 - mean reward; bin_weight: mean weight;
             bin_rollouts: mean count; bin_probability: q_b (prompt game only); shadow_price; lead_lag: mean bin index
-            under the weights minus under the data (Eq. 32), below 0 when the weights lean to harder bins.
+            under the weights minus under the data (Eq. 32), below 0 when the weights lean to harder bins. Without a
+            game bin_weight, shadow_price and lead_lag are absent.
         """
         reward = floats("mean_reward", mean_reward, plan.bins.shape, 0.0, 1.0)
         seen = plan.bins >= 0
@@ -264,8 +265,7 @@ class GDROController:
     def state_dict(self) -> dict[str, Any]:
         """All memory as plain lists and numbers; `load_state_dict` continues bit for bit."""
         return {
-            "version": 1,
-            "seed": self.seed,
+            **self._settings(),
             "step": self._step,
             "classifier": self.classifier.state_dict(),
             "prompt": None if self.prompt is None else self.prompt.state_dict(),
@@ -278,7 +278,7 @@ class GDROController:
         Raises:
             ValueError: other parts, settings, shapes or version; nothing has changed then.
         """
-        state("GDROController", found, {"version": 1, "seed": self.seed})
+        state("GDROController", found, self._settings())
         parts = {"classifier": self.classifier, "prompt": self.prompt, "rollout": self.rollout}
         for name, part in parts.items():
             if (part is None) != (found.get(name) is None):
@@ -297,6 +297,9 @@ class GDROController:
                     part.load_state_dict(before[name])
             raise
         self._step = step
+
+    def _settings(self) -> dict[str, Any]:
+        return {"version": 1, "seed": self.seed, "joint": self.joint, "mean_rollouts": self._mean_rollouts}
 
 
 def _equal_edges(num_bins: int) -> Floats:

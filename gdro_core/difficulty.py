@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from gdro_core._validate import Floats, Ints, choice, floats, integer, number, state, unique_ids
+from gdro_core._validate import Floats, Ints, choice, floats, integer, integers, number, state, unique_ids
 
 STATISTICS = ("pass_rate", "pass@k", "any")
 
@@ -23,7 +23,8 @@ class OnlineDifficultyClassifier:
 
     and is binned by `statistic`:
 
-    - `"pass_rate"` (default): posterior mean of p. Does not depend on n, so allocation cannot feed back (F10).
+    - `"pass_rate"` (default): posterior mean of p. It estimates p whatever n is, so allocation does not feed back as it
+      does with any-of-n (F10), except through shrinkage: at d = 1 the bias is (a_0 + b_0) / (a_0 + b_0 + n) (prior mean - p).
       Departs: the paper bins by the moving pass@k of Eq. 10.
     - `"pass@k"`: posterior mean of 1 - (1 - p)^k = 1 - prod_{j<k} (b + j) / (a + b + j).
     - `"any"` (published, Eq. 10): share of the last `window` visits with any correct rollout.
@@ -164,16 +165,12 @@ class OnlineDifficultyClassifier:
         size = len(ids)
         successes = floats("successes", found["successes"], (size,), 0.0)
         failures = floats("failures", found["failures"], (size,), 0.0)
-        bins = floats("bin", found["bin"], (size,), 0, self.num_bins - 1)
-        history = np.asarray(found["history"], dtype=np.int8).reshape(size, -1 if size else 0)
+        bins = integers("bin", found["bin"], (size,), 0, self.num_bins - 1)
         width = self._arrays(0)[3].shape[1]
-        if size and history.shape[1] != width:
-            raise ValueError(f"history must have {width} columns, got {history.shape[1]}")
+        history = integers("history", found["history"] if size else np.empty((0, width)), (size, width), -1, 1)
         self._row = {name: row for row, name in enumerate(ids)}
         self._successes, self._failures, self._bin, self._history = self._arrays(size)
-        self._successes[:], self._failures[:], self._bin[:] = successes, failures, bins
-        if size:
-            self._history[:] = history
+        self._successes[:], self._failures[:], self._bin[:], self._history[:] = successes, failures, bins, history
 
     def _settings(self) -> dict[str, Any]:
         return {

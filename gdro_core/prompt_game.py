@@ -32,6 +32,8 @@ def prompt_payoff(name: str, correct: ArrayLike, trials: ArrayLike) -> Floats:
     choice("payoff", name, PAYOFFS[:2])
     n = floats("trials", trials, (-1,), 1.0 if name == "error" else 2.0)
     c = floats("correct", correct, n.shape, 0.0)
+    if (c > n).any():
+        raise ValueError(f"correct must be at most trials, got {c[c > n][0]!r} of {n[c > n][0]!r}")
     return 1.0 - c / n if name == "error" else 4.0 * c * (n - c) / (n * (n - 1.0))
 
 
@@ -134,18 +136,19 @@ class PromptGDRO:
     def bin_weights(self) -> Floats:
         """(B,) w_b."""
         if self.weighting == "published":
-            return np.exp(np.minimum(self.step_size * self.scores, np.log(self.max_weight)))
-        if self._share_weight == 0:
-            return np.ones(self.num_bins)
-        if self.reference == "share":
+            ratio = np.exp(np.minimum(self.step_size * self.scores, 700.0))  # e^700 is still finite; the cap is below
+        elif self._share_weight == 0:
+            ratio = np.ones(self.num_bins)
+        elif self.reference == "share":
             with np.errstate(divide="ignore"):
                 log_mean = np.logaddexp.reduce(self.step_size * self.scores + np.log(self.share))
-            ratio = np.exp(np.minimum(self.step_size * self.scores - log_mean, np.log(self.max_weight)))
+            ratio = np.exp(np.minimum(self.step_size * self.scores - log_mean, 700.0))
             ratio = (1.0 - self.exploration) * ratio + self.exploration
         else:
-            with np.errstate(divide="ignore"):  # a bin never drawn: weight inf, then capped
-                ratio = self.probabilities / self.share
-        return np.asarray(np.minimum(ratio, self.max_weight))
+            q, p = self.probabilities, self.share
+            with np.errstate(over="ignore"):
+                ratio = np.divide(q, p, out=np.full_like(q, np.inf), where=p > 0)  # a bin never drawn is capped
+        return np.asarray(np.clip(ratio, 1e-300, self.max_weight))  # > 0, so that a batch of one bin can have mean 1
 
     def weights(self, bins: ArrayLike) -> Floats:
         """(N,) weight of each prompt by its bin; 1 for unseen prompts (bin −1)."""

@@ -40,6 +40,9 @@ def rollout_utility(name: str, a: ArrayLike, b: ArrayLike, arms: ArrayLike) -> F
     alpha = floats("a", a, (-1,), 0.0)[:, None]
     beta = floats("b", b, alpha.shape[:1], 0.0)[:, None]
     n = integers("arms", arms, (-1,), 1, 2**20)
+    for parameter, values in (("a", alpha), ("b", beta)):
+        if not values.all():
+            raise ValueError(f"{parameter} must be above 0, got 0.0")
     total = alpha + beta
     if name == "variance":
         return np.asarray(-(alpha * beta / (total * (total + 1.0))) / n)
@@ -157,19 +160,19 @@ class RolloutGDRO:
         group = integers("bins", bins, (-1,), -1, self.num_bins - 1)
         alpha, beta = floats("a", a, group.shape, 0.0), floats("b", b, group.shape, 0.0)
         omega = np.ones(group.shape) if weights is None else floats("weights", weights, group.shape, 0.0)
-        total = self.mean_rollouts * group.size
-        if not total.is_integer():
+        total = round(self.mean_rollouts * group.size)
+        if abs(self.mean_rollouts * group.size - total) > 1e-9 * total:  # 1.15 x 100 is 114.99999999999999
             raise ValueError(f"mean_rollouts x batch size must be an integer, got {self.mean_rollouts} x {group.size}")
         counts = np.full(group.shape, int(self.mean_rollouts), dtype=np.int64)
         new, seen = np.flatnonzero(group < 0), np.flatnonzero(group >= 0)
         spent_on_new = round(self.mean_rollouts * new.size)
         counts[new[: spent_on_new - int(counts[new].sum())]] += 1  # n_bar that is not whole: some get one more
         if seen.size == 0:
-            return counts, 0.0
-        budget = int(total) - spent_on_new
+            return counts, self.shadow_price.price if self.utility == "surrogate" else 0.0
+        budget = total - spent_on_new
         there, member, size = np.unique(group[seen], return_inverse=True, return_counts=True)
         if self.utility == "surrogate":
-            utility = np.log(self.arm_probabilities[there])  # (bins present, A)
+            utility = self._log_arm_probabilities[there]  # (bins present, A)
         else:
             scale = omega[seen] ** 2 if self.utility == "variance" else omega[seen]
             utility = rollout_utility(self.utility, alpha[seen], beta[seen], self.arms) * scale[:, None]
@@ -187,9 +190,15 @@ class RolloutGDRO:
     @property
     def arm_probabilities(self) -> Floats:
         """(B, A) p_b(n) of the published game."""
+        return np.asarray(np.exp(self._log_arm_probabilities))
+
+    @property
+    def _log_arm_probabilities(self) -> Floats:
         logits = self.step_size * self._scores
-        softmax = np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
-        return np.asarray((1.0 - self.exploration) * softmax + self.exploration / self.arms.size)
+        log_softmax = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+        with np.errstate(divide="ignore"):  # log 0 = -inf at exploration 0 or 1
+            log_exploit, log_explore = np.log(1.0 - self.exploration), np.log(self.exploration / self.arms.size)
+        return np.asarray(np.logaddexp(log_exploit + log_softmax, log_explore))
 
     def observe(self, bins: ArrayLike, counts: ArrayLike, losses: ArrayLike) -> None:
         """Feed the published game with the prompt losses of an update (`utility="surrogate"` only).
@@ -204,12 +213,13 @@ class RolloutGDRO:
         group = integers("bins", bins, (-1,), -1, self.num_bins - 1)
         n = integers("counts", counts, group.shape, self.min_rollouts, self.max_rollouts)
         loss = floats("losses", losses, group.shape)
-        for b in np.unique(group[group >= 0]):
-            members = group == b
-            played = int(n[members][0])
-            if (n[members] != played).any():
-                raise ValueError(f"counts must be the same for all prompts of bin {b}, got {n[members].tolist()}")
-            arm_loss = loss[members].mean() + self.shadow_price.price * played  # Eq. 20
+        members = {int(b): group == b for b in np.unique(group[group >= 0])}
+        for b, rows in members.items():
+            if np.ptp(n[rows]):
+                raise ValueError(f"counts must be the same for all prompts of bin {b}, got {n[rows].tolist()}")
+        for b, rows in members.items():
+            played = int(n[rows][0])
+            arm_loss = loss[rows].mean() + self.shadow_price.price * played  # Eq. 20
             arm = played - self.min_rollouts
             self._scores[b, arm] += self.ema * (-arm_loss - self._scores[b, arm])
         self.shadow_price.update(float(n.mean()))

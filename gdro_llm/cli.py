@@ -1,0 +1,100 @@
+"""The `gdro` command: train, report, presets, warm-start."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+from gdro_llm.config import PRESETS, Config, UsageError, add_options, load_preset, preset_names
+
+DESCRIPTION = """\
+Train a language model by GRPO, steered by group distributionally robust controllers.
+
+  gdro train quickstart                                 tiny model, embedded arithmetic, CPU, a minute or two
+  gdro train quickstart --controller grpo --seed 1      plain GRPO on the same prompts
+  gdro train smollm2-arith --model DIR                  a real pretrained model on two CPU cores
+  gdro train my.toml --data train.jsonl --test-data test.jsonl --grader math --template "Question: {problem} Answer:"
+  gdro report runs/quickstart-grpo runs/quickstart-recommended
+
+Each step: the controller plans a weight and a number of rollouts for every prompt, the policy samples, completions are
+graded, the controller observes, the policy is updated. `--controller` chooses who plans:
+
+  grpo                    every prompt the same: the baseline
+  recommended             both games, coupled: hard prompts weigh more and get more rollouts, at the same total
+  recommended-prompt      weights only            published-prompt     weights as in arXiv 2601.19280
+  recommended-rollout     rollouts only           published-rollout    rollouts as in arXiv 2601.19280
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; the exit code: 0, or 2 with one line on stderr for a mistake of the user."""
+    parser = argparse.ArgumentParser(prog="gdro", description=DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    train = commands.add_parser(
+        "train",
+        help="train one policy",
+        description=DESCRIPTION,
+        epilog="A run directory holds config.json, metrics.jsonl, evaluations.jsonl, checkpoints and report.html.",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=118),
+    )
+    train.add_argument("preset", help=f"one of {', '.join(preset_names())}, or a .toml file")
+    train.add_argument("--out", type=Path, help="run directory [default runs/PRESET-CONTROLLER]")
+    train.add_argument("--resume", action="store_true", help="continue from the last checkpoint, if there is one")
+    train.add_argument("--fresh", action="store_true", help="delete an earlier run in --out and start over")
+    add_options(train)
+
+    report = commands.add_parser("report", help="HTML report and PNGs of one or more runs (the first is the baseline)")
+    report.add_argument("runs", nargs="+", type=Path, help="run directories")
+    report.add_argument("--out", type=Path, help="folder to write to [default: the last run's]")
+
+    commands.add_parser("presets", help="list the presets with their settings")
+
+    warm_start = commands.add_parser("warm-start", help="make the shipped warm-started weights of a preset again")
+    warm_start.add_argument("preset", choices=["quickstart"])
+    warm_start.add_argument("--out", type=Path, default=Path("runs/warm-start"), help="folder to write [%(default)s]")
+    warm_start.add_argument("--seed", type=int, default=0, help="decides weights and examples [%(default)s]")
+
+    arguments = vars(parser.parse_args(argv))
+    command = arguments.pop("command")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        {"train": _train, "report": _report, "presets": _presets, "warm-start": _warm_start}[command](**arguments)
+    except UsageError as error:
+        print(f"gdro: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; --resume continues from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _train(preset: str, out: Path | None, resume: bool, fresh: bool, **overrides: object) -> None:
+    config = Config(**{**load_preset(preset), **overrides})
+    out = out or Path("runs") / f"{config.preset}-{config.controller}"
+    from gdro_llm.trainer import train
+
+    train(config, out, resume=resume, fresh=fresh)
+    _report([out], out)
+
+
+def _report(runs: list[Path], out: Path | None) -> None:
+    from gdro_llm.report import summary_table, write_report
+
+    path = write_report(runs, out or runs[-1])
+    print(f"\n{summary_table(runs)}\n\nreport: {path}")
+
+
+def _presets() -> None:
+    for name in preset_names():
+        print(f"# {name}\n{(PRESETS / f'{name}.toml').read_text(encoding='utf-8')}")
+
+
+def _warm_start(preset: str, out: Path, seed: int) -> None:
+    from gdro_llm.warm_start import warm_start
+
+    warm_start(out, seed=seed)

@@ -1,0 +1,39 @@
+"""Is a completion correct? Graders take a problem and the text of a completion and return 1.0 or 0.0."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from gdro_llm.data import Problem
+
+
+def grade_exact(problem: Problem, completion: str) -> float:
+    """The completion is one of the accepted ones (or the answer, where none are listed), to the letter."""
+    return float(completion in (problem.accepted or (problem.answer,)))
+
+
+def grade_number(problem: Problem, completion: str) -> float:
+    """The first line of the completion is the answer as a number and nothing else; blanks and thousands' commas aside."""
+    lines = completion.strip().splitlines()
+    return float(bool(lines) and _as_number(lines[0]) == _as_number(problem.answer) is not None)
+
+
+def grade_math(problem: Problem, completion: str) -> float:
+    """math-verify finds the gold answer in the completion (LaTeX, fractions, sets; the last \\boxed{} counts)."""
+    from math_verify import parse, verify
+
+    gold = parse(f"${problem.answer}$")
+    return float(verify(gold, parse(completion)))
+
+
+def _as_number(text: str) -> float | None:
+    text = text.strip().rstrip(".").replace(",", "")
+    return float(text) if re.fullmatch(r"[+-]?\d+(\.\d+)?", text) else None
+
+
+GRADERS: dict[str, Callable[[Problem, str], float]] = {
+    "exact": grade_exact,
+    "number": grade_number,
+    "math": grade_math,
+}

@@ -1,0 +1,202 @@
+r"""The warm start of the testbed: a tiny Qwen3 that has the skills and rarely uses them. ``gdro warm-start quickstart``
+remakes the shipped weights.
+
+    min_theta  E [ -log pi_theta(completion | prompt) ]    over ``cells.warm_start_example``
+
+The hidden matrices follow Muon, the embeddings and the norms AdamW; the learning rate is constant, then falls linearly
+to zero. A second, shorter pass at half the rate sets the propensities. The weights depend on the seed alone (one
+thread: the order of every sum is fixed).
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from gdro_llm.cells import (
+    CELLS,
+    FORCE,
+    LEVELS,
+    MAX_COMPLETION_LENGTH,
+    MAX_PROMPT_LENGTH,
+    cell_problems,
+    character_tokenizer,
+    warm_start_example,
+)
+from gdro_llm.data import Problem
+
+IGNORED = -100  # label of the positions that carry no loss
+CELL_WEIGHTS = {"easy": 1.0, "middle": 1.3, "hard": 1.6}  # how often the warm start visits a cell
+
+
+def tiny_qwen3(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
+    """Qwen3 with 4 layers of width 128 (857k parameters, tied embeddings, float32), initialised for Muon."""
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=32,
+        intermediate_size=384,
+        max_position_embeddings=MAX_PROMPT_LENGTH + MAX_COMPLETION_LENGTH,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        tie_word_embeddings=True,
+        attention_dropout=0.0,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        dtype="float32",
+    )
+    model = Qwen3ForCausalLM(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 2:
+                std = weight.shape[1] ** -0.5 * (0.3 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0)
+                weight.normal_(0.0, 0.05 if "embed_tokens" in name else std, generator=generator)
+        # The embeddings are small as inputs and tied to the output: the last norm carries the scale of the logits.
+        model.model.norm.weight.fill_(4.0)
+    return model
+
+
+def pad_right(
+    tokenizer: PreTrainedTokenizerFast, pairs: Sequence[tuple[str, str]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and labels [pairs, length] of prompt + completion + end.
+
+    Padded on the right, so that positions start at zero on the first character and the causal mask alone hides the
+    padding; the labels ignore the prompt and the padding.
+    """
+    prompts = tokenizer([prompt for prompt, _ in pairs]).input_ids
+    completions = tokenizer([completion for _, completion in pairs]).input_ids
+    length = max(len(p) + len(c) + 1 for p, c in zip(prompts, completions, strict=True))
+    ids = torch.full((len(pairs), length), tokenizer.pad_token_id)
+    labels = torch.full((len(pairs), length), IGNORED)
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        end = len(prompt) + len(completion) + 1
+        ids[row, :end] = torch.tensor([*prompt, *completion, tokenizer.eos_token_id])
+        labels[row, len(prompt) : end] = ids[row, len(prompt) : end]
+    return ids, labels
+
+
+@torch.no_grad()
+def completion_probabilities(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs: Sequence[tuple[str, str]], batch: int = 512
+) -> torch.Tensor:
+    """P(completion, end | prompt) of every (prompt, completion), by teacher forcing."""
+    chunks = []
+    for start in range(0, len(pairs), batch):
+        ids, labels = pad_right(tokenizer, pairs[start : start + batch])
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+        negative_log_p = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="none")
+        chunks.append((-negative_log_p.double().sum(1)).exp())
+    return torch.cat(chunks)
+
+
+def exact_pass_rates(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem]
+) -> torch.Tensor:
+    r"""Success probability of each problem, p = sum of P(completion, end | prompt) over ``Problem.accepted``.
+
+    Exact where ``accepted`` lists every completion graded correct, at temperature one: mean@k is the mean of p, pass@k
+    the mean of 1 - (1 - p)^k.
+    """
+    pairs = [(problem.prompt, completion) for problem in problems for completion in problem.accepted]
+    owners = torch.tensor([i for i, problem in enumerate(problems) for _ in problem.accepted])
+    rates = torch.zeros(len(problems), dtype=torch.double)
+    return rates.index_add_(0, owners, completion_probabilities(model, tokenizer, pairs)).clamp_(0.0, 1.0)
+
+
+def forced_skill(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem]
+) -> torch.Tensor:
+    """Success probability of each problem when the scratch work is demanded; the problems must have scratch work."""
+    pairs = [(problem.prompt[:-1] + FORCE, problem.accepted[1]) for problem in problems]
+    return completion_probabilities(model, tokenizer, pairs)
+
+
+def level_table(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem]) -> str:
+    """Exact mean@8, pass@8 and forced skill by level, as text."""
+    rates = exact_pass_rates(model, tokenizer, problems)
+    lines = [f"{'level':8}{'problems':>9}{'mean@8':>9}{'pass@8':>9}{'skill(!)':>9}"]
+    for level in (*LEVELS, "all"):
+        rows = [i for i, problem in enumerate(problems) if level in (problem.level, "all")]
+        p = rates[rows]
+        scratch = [problems[i] for i in rows if len(problems[i].accepted) > 1]
+        skill = f"{forced_skill(model, tokenizer, scratch).mean():9.3f}" if scratch else f"{'-':>9}"
+        lines.append(f"{level:8}{len(rows):9d}{p.mean():9.3f}{(1 - (1 - p) ** 8).mean():9.3f}{skill}")
+    return "\n".join(lines)
+
+
+def _train(
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    rng: random.Random,
+    steps: int,
+    batch: int,
+    rate: float,
+    forced: float,
+    description: str,
+) -> None:
+    """Muon at .02 ``rate`` and AdamW at .003 ``rate``: 60 steps up, constant, then down to zero over the last half."""
+    named = dict(model.named_parameters())
+    hidden = [p for name, p in named.items() if p.dim() == 2 and "embed_tokens" not in name]
+    others = [p for name, p in named.items() if p.dim() != 2 or "embed_tokens" in name]
+    optimisers = (
+        torch.optim.Muon(hidden, lr=0.02 * rate, momentum=0.95, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=0.003 * rate, betas=(0.9, 0.95), weight_decay=0.0),
+    )
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(o, lambda t: min(1.0, (t + 1) / 60) * min(1.0, 2 * (1 - t / steps)))
+        for o in optimisers
+    ]
+    weights = [CELL_WEIGHTS[cell.level] for cell in CELLS]
+    progress = tqdm(range(steps), desc=description, unit="step")
+    for _ in progress:
+        drawn = rng.choices(CELLS, weights, k=batch)
+        ids, labels = pad_right(tokenizer, [warm_start_example(rng, cell, forced) for cell in drawn])
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+        model.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimiser, schedule in zip(optimisers, schedules, strict=True):
+            optimiser.step()
+            schedule.step()
+        progress.set_postfix(loss=f"{loss.item():.3f}")
+
+
+def _save_atomically(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out_dir: Path) -> None:
+    """Write into a temporary sibling, then rename: ``out_dir`` never holds half a checkpoint."""
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}-", dir=out_dir.parent) as scratch:
+        new, old = Path(scratch) / "new", Path(scratch) / "old"
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        if out_dir.exists():
+            out_dir.rename(old)
+        new.rename(out_dir)
+
+
+def warm_start(out_dir: Path, seed: int, steps: int = 1300, fine_tune_steps: int = 300, batch: int = 128) -> None:
+    """Train the tiny model, save it (weights, configuration, tokenizer) and print its exact profile on the test split.
+
+    About nine minutes on one core.
+    """
+    torch.set_num_threads(1)
+    tokenizer = character_tokenizer()
+    model = tiny_qwen3(tokenizer, seed)
+    rng = random.Random(seed)
+    _train(model, tokenizer, rng, steps, batch, 1.0, 1.0, "warm start")
+    _train(model, tokenizer, rng, fine_tune_steps, batch, 0.5, 0.5, "fine-tune")
+    model.eval()
+    _save_atomically(model, tokenizer, out_dir)
+    print(level_table(model, tokenizer, cell_problems("test", dict.fromkeys(LEVELS, 40), seed=0)))
