@@ -41,7 +41,7 @@ def floats(name: str, value: ArrayLike, shape: tuple[int, ...], low: float = -np
     bad = ~np.isfinite(array) | (array < low) | (array > high)
     if bad.any():
         rule = "finite numbers" if (low, high) == (-np.inf, np.inf) else f"finite numbers in [{low:g}, {high:g}]"
-        raise ValueError(f"{name} must hold {rule}, got {array[bad].flat[0]!r}")
+        raise ValueError(f"{name} must hold {rule}, got {array[bad].flat[0]}")
     return array
 
 
@@ -49,7 +49,7 @@ def integers(name: str, value: ArrayLike, shape: tuple[int, ...], low: int, high
     """`value` as an int64 array of `shape` (−1 = any length) with entries in low..high."""
     array = floats(name, value, shape, low, high)
     if (array != np.floor(array)).any():
-        raise ValueError(f"{name} must hold integers, got {array[array != np.floor(array)].flat[0]!r}")
+        raise ValueError(f"{name} must hold integers, got {array[array != np.floor(array)].flat[0]}")
     return array.astype(np.int64)
 
 

@@ -54,7 +54,7 @@ def sqrt_allocation(
     n_bar = number("mean_budget", mean_budget, 0.0)
     q = np.full(v.shape, 1.0 / max(v.size, 1)) if share is None else floats("share", share, v.shape, 0.0)
     if v.size == 0 or abs(q.sum() - 1.0) > 1e-9:
-        raise ValueError(f"share must have at least one entry and sum to 1, got {q.size} with sum {q.sum()!r}")
+        raise ValueError(f"share must have at least one entry and sum to 1, got {q.size} with sum {q.sum()}")
     low = floats("lower", np.full(v.shape, lower) if np.ndim(lower) == 0 else lower, v.shape, 0.0)
     high = np.asarray(np.full(v.shape, upper) if np.ndim(upper) == 0 else upper, dtype=np.float64)
     if high.shape != v.shape:

@@ -23,8 +23,9 @@ class OnlineDifficultyClassifier:
 
     and is binned by `statistic`:
 
-    - `"pass_rate"` (default): posterior mean of p. It estimates p whatever n is, so allocation does not feed back as it
-      does with any-of-n (F10), except through shrinkage: at d = 1 the bias is (a_0 + b_0) / (a_0 + b_0 + n) (prior mean - p).
+    - `"pass_rate"` (default): posterior mean of p. It estimates p whatever n is, so allocation does not feed back
+      as it does with any-of-n (F10); what is left is shrinkage to the prior: at d = 1, after n rollouts, a bias of
+      (a_0 + b_0) / (a_0 + b_0 + n) (prior mean - p).
       Departs: the paper bins by the moving pass@k of Eq. 10.
     - `"pass@k"`: posterior mean of 1 - (1 - p)^k = 1 - prod_{j<k} (b + j) / (a + b + j).
     - `"any"` (published, Eq. 10): share of the last `window` visits with any correct rollout.
@@ -127,7 +128,7 @@ class OnlineDifficultyClassifier:
         n = floats("trials", trials, (len(names),), 0.0)
         c = floats("correct", correct, (len(names),), 0.0)
         if (c > n).any():
-            raise ValueError(f"correct must be at most trials, got {c[c > n][0]!r} of {n[c > n][0]!r}")
+            raise ValueError(f"correct must be at most trials, got {c[c > n][0]} of {n[c > n][0]}")
         told = n > 0
         names, c, n = [name for name, keep in zip(names, told, strict=True) if keep], c[told], n[told]
         for name in names:

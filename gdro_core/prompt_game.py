@@ -33,7 +33,7 @@ def prompt_payoff(name: str, correct: ArrayLike, trials: ArrayLike) -> Floats:
     n = floats("trials", trials, (-1,), 1.0 if name == "error" else 2.0)
     c = floats("correct", correct, n.shape, 0.0)
     if (c > n).any():
-        raise ValueError(f"correct must be at most trials, got {c[c > n][0]!r} of {n[c > n][0]!r}")
+        raise ValueError(f"correct must be at most trials, got {c[c > n][0]} of {n[c > n][0]}")
     return 1.0 - c / n if name == "error" else 4.0 * c * (n - c) / (n * (n - 1.0))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 from pathlib import Path
@@ -60,7 +59,6 @@ def main(argv: list[str] | None = None) -> int:
 
     arguments = vars(parser.parse_args(argv))
     command = arguments.pop("command")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         {"train": _train, "report": _report, "presets": _presets, "warm-start": _warm_start}[command](**arguments)
@@ -76,8 +74,12 @@ def main(argv: list[str] | None = None) -> int:
 def _train(preset: str, out: Path | None, resume: bool, fresh: bool, **overrides: object) -> None:
     config = Config(**{**load_preset(preset), **overrides})
     out = out or Path("runs") / f"{config.preset}-{config.controller}"
+    from transformers.utils import logging
+
     from gdro_llm.trainer import train
 
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     train(config, out, resume=resume, fresh=fresh)
     _report([out], out)
 
@@ -85,7 +87,10 @@ def _train(preset: str, out: Path | None, resume: bool, fresh: bool, **overrides
 def _report(runs: list[Path], out: Path | None) -> None:
     from gdro_llm.report import summary_table, write_report
 
-    path = write_report(runs, out or runs[-1])
+    try:
+        path = write_report(runs, out or runs[-1])
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     print(f"\n{summary_table(runs)}\n\nreport: {path}")
 
 
@@ -98,3 +103,7 @@ def _warm_start(preset: str, out: Path, seed: int) -> None:
     from gdro_llm.warm_start import warm_start
 
     warm_start(out, seed=seed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

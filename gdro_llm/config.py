@@ -46,6 +46,7 @@ class Config:
     trainable_layers: int = option(0, "model", "train only the last so many blocks (and the final norm); 0 trains all")
     dtype: str = option("float32", "model", "number format of weights and compute", ("float32", "bfloat16"))
     device: str = option("auto", "model", '"auto" takes a GPU if there is one', ("auto", "cpu", "cuda"))
+    threads: int = option(0, "model", "CPU threads of torch; 0 takes its default, 1 is fastest for tiny models")
 
     data: str = option("cells", "data", '"cells", "ladder" (embedded arithmetic), or a .jsonl file of problem, answer')
     test_data: str = option("", "data", ".jsonl file of held-out problems (needed with a .jsonl file in --data)")
@@ -112,6 +113,7 @@ _LOWEST = {
     "eval_every": 1,
     "save_every": 1,
     "trainable_layers": 0,
+    "threads": 0,
     "test_problems": 1,
     "batch_size": 1,
     "mean_rollouts": 1,

@@ -50,6 +50,8 @@ def load_policy(config: Config, folder: Path | None = None) -> Policy:
         source = config.model  # a hub name
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("device is 'cuda', but torch finds no GPU; use --device cpu or install a CUDA build of torch")
+    if config.threads:
+        torch.set_num_threads(config.threads)
     device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")

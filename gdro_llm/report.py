@@ -33,22 +33,15 @@ from numpy.typing import NDArray
 Row = dict[str, Any]  # one line of a .jsonl file
 
 NONE = "—"  # a cell without a value
-COLOURS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#555555",
-)  # Okabe and Ito: colour-blind safe
+# Okabe and Ito: colour-blind safe.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555"]
 MARKERS = "os^DvPX"
 STYLE: Any = {
-    "font.size": 9, "axes.titlesize": 9.5, "axes.titlelocation": "left", "axes.labelsize": 8.5, "axes.edgecolor": "#888",
-    "axes.labelcolor": "#444", "axes.linewidth": 0.6, "axes.spines.top": False, "axes.spines.right": False,
-    "xtick.labelsize": 8, "ytick.labelsize": 8, "xtick.color": "#444", "ytick.color": "#444", "axes.grid": True,
-    "grid.color": "#e6e6e6", "grid.linewidth": 0.6, "axes.axisbelow": True, "legend.frameon": False,
-    "text.parse_math": False,  # a "$" in the name of a run is a dollar
+    "font.size": 9, "axes.titlesize": 9.5, "axes.titlelocation": "left", "axes.labelsize": 8.5,
+    "axes.edgecolor": "#888", "axes.labelcolor": "#444", "axes.linewidth": 0.6, "axes.spines.top": False,
+    "axes.spines.right": False, "xtick.labelsize": 8, "ytick.labelsize": 8, "xtick.color": "#444",
+    "ytick.color": "#444", "axes.grid": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.6, "axes.axisbelow": True,
+    "legend.frameon": False, "text.parse_math": False,  # a "$" in the name of a run is a dollar
 }  # fmt: skip
 STEERING = {
     "weighted_reward": "reward as the adversary weighs it", "shadow_price": "shadow price μ [utility / rollout]",
@@ -110,10 +103,13 @@ class Run:
         width = max((len(value) for value in values if isinstance(value, list)), default=0)
         if width:
             values = [[None] * width if value is None else value for value in values]
+        place = self.path / f"{file}.jsonl"
+        if bool(width) != key.startswith("bin_") and any(value is not None for value in values):
+            form = "numbers, not lists" if width else "a list a line"
+            raise ValueError(f"{place}: {key!r} must hold {form}; repair the lines where it does not")
         try:
             return np.array(values, dtype=np.float64)
         except (TypeError, ValueError) as error:
-            place = self.path / f"{file}.jsonl"
             raise ValueError(f"{place}: {key!r} must hold numbers, as many in every line; repair the others") from error
 
     @property
@@ -359,11 +355,8 @@ def _draw_rates(axis: Axes, runs: Sequence[Run], metric: str, kind: str, name: s
 
 def _draw_map(axis: Axes, run: Run, runs: Sequence[Run], key: str) -> None:
     """Step by bin, hardest at the top; a colour means the same for all runs."""
-    steps, values, seen = (
-        run.series("step"),
-        run.series(key),
-        np.concatenate([_finite(run.series(key)) for run in runs]),
-    )
+    steps, values = run.series("step"), run.series(key)
+    seen = np.concatenate([_finite(other.series(key).ravel()) for other in runs])
     bins, edges = values.shape[1], run.config.get("edges")
     label, names = "bin (0 = hardest)", [str(number) for number in range(bins)]
     if isinstance(edges, list) and len(edges) in (bins - 1, bins + 1):
@@ -416,7 +409,7 @@ def _levels(runs: Sequence[Run], metrics: Sequence[str], x: str) -> Figure | Non
 def _maps(run: Run, runs: Sequence[Run]) -> Figure | None:
     keys = [key for key in BINS if np.unique(_finite(run.series(key))).size > 1]  # a constant needs no map
     draw = [partial(_draw_map, run=run, runs=runs, key=key) for key in keys]
-    return _figure(draw, 2, 2.5, "step", [run]) if draw else None
+    return _figure(draw, min(2, len(draw)), 2.5, "step", [run]) if draw else None
 
 
 def _time(runs: Sequence[Run]) -> tuple[Figure | None, str]:
@@ -433,13 +426,14 @@ def _time(runs: Sequence[Run]) -> tuple[Figure | None, str]:
     for run in timed:
         values = {key: _finite(run.series(key, "timing")) for key in columns}
         medians = {key: np.median(column) for key, column in values.items() if column.size}
-        cells = [
-            f"{medians[key] * scale:{form}}" if key in medians else NONE for key, (_, scale, form) in columns.items()
-        ]
-        rows.append([run.label, *cells])
-    return _figure(draw, 2, 2.4, "step", timed[:1]), _table(
-        ["run", *(title for title, _, _ in columns.values())], rows, 1
-    )
+        cells = {key: f"{medians[key] * columns[key][1]:{columns[key][2]}}" for key in medians}
+        rows.append([run.label, *(cells.get(key, NONE) for key in columns)])
+    table = _table(["run", *(title for title, _, _ in columns.values())], rows, 1)
+    figure = _figure(draw, min(2, len(draw)), 2.4, "step", timed[:1])
+    top = max(axis.get_ylim()[1] for axis in figure.axes)
+    for axis in figure.axes:
+        axis.set_ylim(0, top)  # one scale for all runs
+    return figure, table
 
 
 # ------------------------------------------------------------------------------------------------------------- page
@@ -461,8 +455,8 @@ SECTIONS = {
         prompt for more than plain GRPO does; rollouts go where the controller expects them to teach, at the same
         mean."""),
     "controllers": ("What the controllers do", """The weighted reward lies below the plain one while the adversary
-        finds weak bins. The shadow price is the toll on one more rollout; it rises while the allocation spends more
-        than the mean budget. Lead-lag is the mean bin under the weights minus under the data: below zero, training
+        finds weak bins. The shadow price is what one rollout more would be worth where it is worth
+        most. Lead-lag is the mean bin under the weights minus under the data: below zero, training
         leans to harder prompts than it meets."""),
     "health": ("Training health", """Signs of trouble: entropy that collapses to zero, spikes of the gradient norm,
         a KL between sampler and trainer that leaves zero (stale weights), answers cut at the length limit."""),
@@ -487,9 +481,8 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], text: int, diff
         cells = [f"<{tag}{mark}>{html.escape(cell)}</{tag}>" for mark, cell in zip(marks, row, strict=True)]
         return f'<tr class="{kind}">{"".join(cells)}</tr>'
 
-    return (
-        f"<table><thead>{line('th', header)}</thead><tbody>{''.join(line('td', row) for row in rows)}</tbody></table>"
-    )
+    body = "".join(line("td", row) for row in rows)
+    return f"<table><thead>{line('th', header)}</thead><tbody>{body}</tbody></table>"
 
 
 def _headline(runs: Sequence[Run], metrics: Sequence[str]) -> str:
@@ -561,9 +554,8 @@ def _page(runs: Sequence[Run], files: dict[str, bytes]) -> str:
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})  # no version: the same bytes
         files[f"{name}.png"] = buffer.getvalue()
-        return (
-            f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-        )
+        data = base64.b64encode(buffer.getvalue()).decode()
+        return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
 
     def tables(kind: str, metrics: Sequence[str]) -> str:
         names = _names(runs, kind)
@@ -585,10 +577,11 @@ def _page(runs: Sequence[Run], files: dict[str, bytes]) -> str:
         "by_task": tables("by_task", curves),
         "samples": "".join(map(_samples, runs)),
     }
+    title = " against ".join(run.label for run in reversed(runs))
     overview = [row for metric in metrics for row in _result_rows(runs, metric, "", "", metric)]
     notes = [f"<li>{html.escape(note)}</li>" for note in _notes(runs)]
     head = [
-        f'<p class="meta">Training report</p><h1>{html.escape(" against ".join(run.label for run in reversed(runs)))}</h1>',
+        f'<p class="meta">Training report</p><h1>{html.escape(title)}</h1>',
         f'<p class="lead">{html.escape(_headline(runs, curves))}</p>',
         f'<ul class="notes">{"".join(notes)}</ul>' if notes else "",
         _table(_result_header(runs, _split(runs)), overview, 2) + f'<p class="small">{ERRORS}</p>' if overview else "",

@@ -161,7 +161,8 @@ def update(
         tokens_in_all = rollouts.mask_R_T[mine].sum()
         rows_with_signal = (mine & (advantages * scale != 0)).nonzero()[:, 0]
         optimizer.zero_grad()
-        for rows in rows_with_signal.split(config.update_rows):
+        for start in range(0, len(rows_with_signal), config.update_rows):
+            rows = rows_with_signal[start : start + config.update_rows]
             width = int(rollouts.mask_R_T[rows].sum(-1).max())
             tokens, mask = rollouts.tokens_R_T[rows, :width], rollouts.mask_R_T[rows, :width]
             old = rollouts.logprobs_R_T[rows, :width]

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from gdro_llm.cells import (
     CELLS,
@@ -64,6 +64,16 @@ def tiny_qwen3(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalL
                 weight.normal_(0.0, 0.05 if "embed_tokens" in name else std, generator=generator)
         # The embeddings are small as inputs and tied to the output: the last norm carries the scale of the logits.
         model.model.norm.weight.fill_(4.0)
+    # Plain samples of pi_theta: no truncation of the distribution, so that sampled and exact success rates agree.
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=MAX_COMPLETION_LENGTH,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
     return model
 
 

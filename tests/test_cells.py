@@ -169,6 +169,17 @@ def test_everything_fits_the_vocabulary_and_the_stated_lengths(problems):
             assert len(TOKENIZER(completion).input_ids) + 1 <= cells.MAX_COMPLETION_LENGTH
 
 
+def test_warm_start_depends_on_the_seed_alone_and_replaces_its_folder(tmp_path, capsys):
+    weights = []
+    for name, seed in (("a", 0), ("b", 0), ("a", 1)):
+        warm_start.warm_start(tmp_path / name, seed, steps=2, fine_tune_steps=1, batch=4)
+        weights.append((tmp_path / name / "model.safetensors").read_bytes())
+        printed = re.findall(r"^\w+", capsys.readouterr().out, re.MULTILINE)
+        assert printed == ["level", *cells.LEVELS, "all"]
+    assert weights[0] == weights[1] != weights[2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
 def test_shipped_tokenizer_is_the_one_in_the_code(shipped):
     _, tokenizer = shipped
     assert tokenizer.get_vocab() == TOKENIZER.get_vocab()

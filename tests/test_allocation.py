@@ -1,0 +1,324 @@
+"""Allocation of rollouts: each answer is checked against its optimality conditions and against a slow solver."""
+
+from __future__ import annotations
+
+import re
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.optimize import minimize
+from scipy.stats import chisquare
+
+from gdro_core import exact_budget_allocation, greedy_allocation, sqrt_allocation
+
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def boxed_instance(rng):
+    """Variances (some zero), budget, and shares and bounds as keywords; some bins have lower = upper."""
+    bins = int(rng.integers(1, 9))
+    low = rng.uniform(0, 3, bins)
+    high = low + rng.exponential(4, bins) * (rng.random(bins) < 0.9)
+    share = rng.dirichlet(np.ones(bins))
+    budget = share @ low + rng.random() * (share @ high - share @ low)
+    variance = rng.gamma(0.5, size=bins) * (rng.random(bins) < 0.8)
+    return variance, budget, {"share": share, "lower": low, "upper": high}
+
+
+def summed_variance(counts, variance, share):
+    return float(share @ np.divide(variance, counts, out=np.zeros_like(counts), where=variance > 0))
+
+
+@given(SEEDS)
+def test_sqrt_law_has_the_closed_form_of_theorem_4_2(seed):
+    """Without active bounds n_b = n_bar sqrt(v_b) / sum_j q_j sqrt(v_j) (Eq. 30)."""
+    rng = np.random.default_rng(seed)
+    variance, share = rng.gamma(0.5, size=6), rng.dirichlet(np.ones(6))
+    closed_form = 4.0 * np.sqrt(variance) / (share @ np.sqrt(variance))
+    np.testing.assert_allclose(sqrt_allocation(variance, 4.0, share=share), closed_form, rtol=1e-12)
+
+
+@given(SEEDS)
+def test_sqrt_allocation_meets_the_kkt_conditions(seed):
+    """Feasible, budget exact, and no bin that could take has a larger marginal v/n^2 than a bin that could give."""
+    variance, budget, box = boxed_instance(np.random.default_rng(seed))
+    counts = sqrt_allocation(variance, budget, **box)
+    assert (box["lower"] <= counts).all()
+    assert (counts <= box["upper"]).all()
+    assert box["share"] @ counts == pytest.approx(budget, rel=1e-12)
+    marginal = np.divide(variance, counts**2, out=np.zeros_like(counts), where=variance > 0)
+    takes = marginal[counts < box["upper"] * (1 - 1e-12)]
+    gives = marginal[counts > box["lower"] * (1 + 1e-12)]
+    assert takes.max(initial=0.0) <= gives.min(initial=np.inf) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_sqrt_allocation_agrees_with_slsqp(seed):
+    """A generic constrained solver finds no better point, and the same one."""
+    rng = np.random.default_rng(seed)
+    variance, budget, box = boxed_instance(rng)
+    variance, share = variance + 0.01, box["share"]
+    low, high = box["lower"] + 0.5, box["upper"] + 0.5
+    budget += 0.5
+    counts = sqrt_allocation(variance, budget, share=share, lower=low, upper=high)
+    found = minimize(
+        summed_variance,
+        low + (high - low) * (budget - share @ low) / max(share @ (high - low), 1e-12),
+        args=(variance, share),
+        jac=lambda n, v, q: -q * v / n**2,
+        method="SLSQP",
+        bounds=list(zip(low, high, strict=True)),
+        constraints={"type": "eq", "fun": lambda n: share @ n - budget, "jac": lambda n: share},
+        options={"ftol": 1e-13, "maxiter": 500},
+    )
+    assert summed_variance(counts, variance, share) <= found.fun * (1 + 1e-9)
+    np.testing.assert_allclose(counts, found.x, atol=0.02)
+
+
+@given(SEEDS)
+def test_sqrt_allocation_is_the_only_minimiser(seed):
+    """A step from it towards any other feasible point raises the objective, however short the step."""
+    rng = np.random.default_rng(seed)
+    variance, budget, box = boxed_instance(rng)
+    variance, box["lower"] = variance + 0.01, np.maximum(box["lower"], 0.1)
+    box["upper"] = box["upper"] + 0.1
+    budget += 0.1
+    best = sqrt_allocation(variance, budget, **box)
+    other = sqrt_allocation(rng.gamma(0.5, size=variance.size) + 1e-3, budget, **box)
+    if np.abs(other - best).max() > 1e-3:
+        values = [summed_variance(best + t * (other - best), variance, box["share"]) for t in (0.0, 0.01, 0.1, 1.0)]
+        assert (np.diff(values) > 0).all()
+
+
+@given(SEEDS, st.floats(-8, 8))
+def test_sqrt_allocation_ignores_the_scale_of_the_variances(seed, exponent):
+    """Only ratios of variances matter, bounds or not."""
+    variance, budget, box = boxed_instance(np.random.default_rng(seed))
+    scaled = sqrt_allocation(variance * 10.0**exponent, budget, **box)
+    np.testing.assert_allclose(scaled, sqrt_allocation(variance, budget, **box), rtol=1e-9, atol=1e-9)
+
+
+@given(SEEDS)
+def test_sqrt_allocation_meets_the_budget_over_600_orders_of_magnitude(seed):
+    """Rounding never drowns a bin of small variance."""
+    rng = np.random.default_rng(seed)
+    _, budget, box = boxed_instance(rng)
+    counts = sqrt_allocation(10.0 ** rng.uniform(-300, 300, box["share"].size), budget, **box)
+    assert box["share"] @ counts == pytest.approx(budget, rel=1e-12)
+    assert ((box["lower"] <= counts) & (counts <= box["upper"])).all()
+
+
+@pytest.mark.parametrize(
+    ("variance", "budget", "options", "expected"),
+    [
+        ([0.0, 1.0, 0.0], 4.0, {"lower": 1.0}, [1, 10, 1]),  # zero variance waits at lower
+        ([0.0, 1.0, 0.0], 4.0, {"lower": 1.0, "upper": 6.0}, [3, 6, 3]),  # the rest is levelled
+        ([0.0, 1.0, 0.0], 4.0, {"lower": [1, 1, 4], "upper": 6.0}, [2, 6, 4]),
+        ([0.0, 0.0], 4.0, {}, [4, 4]),
+        ([1.0, 1.0], 4.0, {"lower": 4.0, "upper": 4.0}, [4, 4]),
+        ([1.0, 4.0], 0.0, {}, [0, 0]),
+        ([5e-324], 4.0, {}, [4]),
+        ([1e16, 1e-20], 4.5, {"upper": 6.0}, [6, 3]),  # slopes 1e18 apart
+        ([4.0, 1.0], 3.0, {"share": [0.0, 1.0]}, [6, 3]),  # a bin without prompts has its KKT count
+        ([1.0, 0.0], 4.0, {"share": [0.0, 1.0]}, [0, 4]),  # ... and is finite at price 0
+        ([1.0, 0.0], 4.0, {"share": [0.0, 1.0], "upper": 9.0}, [9, 4]),
+    ],
+)
+def test_sqrt_allocation_at_the_limits(variance, budget, options, expected):
+    """Zero variances, zero shares, closed boxes and extreme ratios."""
+    np.testing.assert_allclose(sqrt_allocation(variance, budget, **options), expected, rtol=1e-12)
+
+
+@given(SEEDS)
+def test_joint_law_and_the_price_of_decoupling(seed):
+    """F7: n ∝ ω√v minimises the weighted variance; n ∝ √v costs 1 + CV²(ω) times that, measured by q√v."""
+    rng = np.random.default_rng(seed)
+    variance, share, weight = rng.gamma(2.0, size=5), rng.dirichlet(np.ones(5)), rng.gamma(2.0, size=5)
+    joint = sqrt_allocation(weight**2 * variance, 4.0, share=share)
+    decoupled = sqrt_allocation(variance, 4.0, share=share)
+    measure = share * np.sqrt(variance) / (share @ np.sqrt(variance))
+    mean = measure @ weight
+    cv_squared = measure @ (weight - mean) ** 2 / mean**2
+    apart, together = (summed_variance(counts, weight**2 * variance, share) for counts in (decoupled, joint))
+    assert apart / together == pytest.approx(1.0 + cv_squared, rel=1e-9)
+
+
+@given(SEEDS)
+def test_weighted_standard_error_wants_the_two_thirds_law(seed):
+    """F8: sum q σ/√n (Eq. 33) is minimised by n ∝ σ^(2/3), so Theorem 4.2's n ∝ σ never beats it there."""
+    rng = np.random.default_rng(seed)
+    sigma, share = rng.gamma(2.0, size=5), rng.dirichlet(np.ones(5))
+    two_thirds, *others = (
+        share @ (sigma / np.sqrt(sqrt_allocation(sigma**power, 4.0, share=share))) for power in (4 / 3, 2, 1, 0)
+    )
+    assert two_thirds <= min(others) * (1 + 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("variance", "budget", "options", "message"),
+    [
+        ([], 4.0, {}, "share must have at least one entry"),
+        ([1.0, -1.0], 4.0, {}, "variance must hold finite numbers in .*-1"),
+        ([1.0, np.nan], 4.0, {}, "variance must hold .*nan"),
+        ([[1.0]], 4.0, {}, "variance must have shape"),
+        ([1.0], -1.0, {}, "mean_budget must lie in .*-1"),
+        ([1.0], np.inf, {}, "mean_budget must lie in .*inf"),
+        ([1.0, 1.0], 4.0, {"share": [0.5, 0.6]}, "share must .* sum to 1, .*1.1"),
+        ([1.0, 1.0], 4.0, {"share": [1.5, -0.5]}, "share must hold .*-0.5"),
+        ([1.0, 1.0], 4.0, {"share": [1.0]}, "share must have shape"),
+        ([1.0, 1.0], 4.0, {"lower": -1.0}, "lower must hold .*-1"),
+        ([1.0, 1.0], 4.0, {"lower": [1, 2, 3]}, "lower must have shape"),
+        ([1.0, 1.0], 4.0, {"upper": [5, 6, 7]}, "upper must be a scalar or have shape"),
+        ([1.0, 1.0], 4.0, {"lower": 5.0, "upper": 3.0}, "upper must be at least lower, got lower 5.0, upper 3.0"),
+        ([1.0, 1.0], 4.0, {"upper": np.nan}, "upper must be at least lower"),
+        ([1.0, 1.0], 4.0, {"upper": 3.0}, r"mean_budget must lie in \[0, 3\] .*4.0"),
+        ([1.0, 1.0], 4.0, {"lower": 5.0}, r"mean_budget must lie in \[5, inf\] .*4.0"),
+    ],
+)
+def test_sqrt_allocation_refuses(variance, budget, options, message):
+    """Errors name argument, rule and value."""
+    with pytest.raises(ValueError, match=message):
+        sqrt_allocation(variance, budget, **options)
+
+
+def concave_table(rng, prompts, arms):
+    """Random concave rows; half of the time with integer gains, so that there are ties."""
+    gains = rng.integers(-2, 3, (prompts, arms - 1)) if rng.random() < 0.5 else rng.normal(size=(prompts, arms - 1))
+    return np.concatenate([np.zeros((prompts, 1)), np.cumsum(-np.sort(-gains, axis=1), axis=1)], axis=1)
+
+
+def brute_force(table, size, low):
+    """Budget and value of every allocation: {budget: (best value, the set of best arms)}."""
+    best = {}
+    for arms in product(range(table.shape[1]), repeat=len(table)):
+        spent = int(np.dot(size, np.add(arms, low)))
+        value = sum(row[arm] for row, arm in zip(table.tolist(), arms, strict=True))
+        top, choices = best.get(spent, (-np.inf, set()))
+        if value > top + 1e-9:
+            best[spent] = (value, {arms})
+        elif value > top - 1e-9:
+            choices.add(arms)
+    return best
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_greedy_is_dynamic_program_is_brute_force_on_concave_rows(seed):
+    """Theory test 3 with unit costs: one optimal value and an exact budget, at every feasible budget."""
+    rng = np.random.default_rng(seed)
+    for _ in range(8):
+        prompts, arms, low = int(rng.integers(1, 5)), int(rng.integers(1, 5)), int(rng.integers(0, 3))
+        table = concave_table(rng, prompts, arms)
+        for budget, (value, choices) in brute_force(table, np.ones(prompts), low).items():
+            for ties in (None, rng):
+                greedy = greedy_allocation(table, budget, min_rollouts=low, rng=ties)
+                exact = exact_budget_allocation(table, np.ones(prompts), budget, min_rollouts=low, rng=ties)
+                for counts in (greedy, exact):
+                    assert tuple((counts - low).tolist()) in choices, (value, counts)
+                    assert counts.sum() == budget
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_dynamic_program_is_brute_force_on_any_rows(seed):
+    """Theory test 3 with bin sizes as costs, no concavity, empty bins: exact at every feasible budget ..."""
+    rng = np.random.default_rng(seed)
+    for _ in range(6):
+        bins, arms, low = int(rng.integers(1, 5)), int(rng.integers(1, 5)), int(rng.integers(0, 3))
+        table, size = rng.normal(size=(bins, arms)), rng.integers(0, 4, bins)
+        best = brute_force(table, size, low)
+        for budget in range(max(best) + 3):
+            if budget in best:
+                counts = exact_budget_allocation(table, size, budget, min_rollouts=low)
+                assert tuple((counts - low).tolist()) in best[budget][1]
+                assert size @ counts == budget
+            else:  # ... and at every other one the message names the nearest that is feasible on either side
+                nearest = sorted(best, key=lambda b, to=budget: abs(b - to))
+                sides = [next((b for b in nearest if (b < budget) == below), None) for below in (True, False)]
+                named = " and ".join(str(side) for side in sides if side is not None)
+                with pytest.raises(ValueError, match=f"budget {budget} .*: {named}$"):
+                    exact_budget_allocation(table, size, budget, min_rollouts=low)
+
+
+@pytest.mark.parametrize("scale", [1e-14, 1.0, 1e14])
+def test_a_tie_is_relative_to_the_scale_of_the_utility(scale):
+    """Utilities near or beyond 1e-12 are told apart."""
+    table = scale * np.array([[0.0, 9.0], [0.0, 5.0]])
+    for rng in (None, np.random.default_rng(0)):
+        assert exact_budget_allocation(table[::-1], [1, 1], 3, min_rollouts=1, rng=rng).tolist() == [1, 2]
+        assert greedy_allocation(table[::-1], 3, min_rollouts=1, rng=rng).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("table", "size", "budget"),
+    [
+        (np.zeros((4, 3)), [1, 1, 2, 3], 14),
+        (np.zeros((3, 4)), [0, 1, 1], 5),
+        (np.array([[0, 2, 3], [0, 2, 4], [1, 3, 5], [0, 2, 4]]), [1, 1, 1, 1], 8),  # not all allocations tie
+    ],
+)
+def test_optimal_allocations_are_drawn_uniformly(table, size, budget):
+    """With an rng every optimal allocation is equally likely; a seed decides; without rng the smallest counts first."""
+    choices = sorted(brute_force(table, size, 1)[budget][1])
+    draw = [
+        tuple((exact_budget_allocation(table, size, budget, min_rollouts=1, rng=np.random.default_rng(s)) - 1).tolist())
+        for s in range(1500)
+    ]
+    assert len(choices) > 3
+    assert chisquare([draw.count(choice) for choice in choices]).pvalue > 1e-3
+    again = exact_budget_allocation(table, size, budget, min_rollouts=1, rng=np.random.default_rng(7))
+    assert tuple((again - 1).tolist()) == draw[7]
+    first = exact_budget_allocation(table, size, budget, min_rollouts=1)
+    assert tuple((first - 1).tolist()) == choices[0]
+
+
+def test_greedy_ties_are_fair_and_reproducible():
+    """Six equal prompts share two extra rollouts: each gets one in a third of the seeds; without rng the first win."""
+    table = np.tile([0.0, 1.0, 1.5], (6, 1))
+    drawn = [greedy_allocation(table, 8, min_rollouts=1, rng=np.random.default_rng(s)).tolist() for s in range(1500)]
+    assert chisquare(np.sum(drawn, axis=0) - 1500).pvalue > 1e-3
+    assert greedy_allocation(table, 8, min_rollouts=1, rng=np.random.default_rng(3)).tolist() == drawn[3]
+    assert greedy_allocation(table, 8, min_rollouts=1).tolist() == [2, 2, 1, 1, 1, 1]
+
+
+OK = np.zeros((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("table", "budget", "low", "message"),
+    [
+        ([[0.0, 1.0, 3.0]], 2, 1, "utility must be concave along axis 1; use exact_budget_allocation"),
+        (np.zeros((0, 3)), 0, 1, "utility must have at least one row"),
+        (np.zeros((3, 0)), 0, 1, "utility must have at least one row and one column"),
+        (np.zeros(3), 0, 1, "utility must have shape"),
+        ([[0.0, np.nan]], 1, 1, "utility must hold finite numbers, got nan"),
+        (OK, 1, 1, r"budget must lie in \[2, 6\] for 2 prompts, got 1"),
+        (OK, 7, 1, r"budget must lie in \[2, 6\] for 2 prompts, got 7"),
+        (OK, 2.5, 1, "budget must be an integer >= 0, got 2.5"),
+        (OK, 4, -1, "min_rollouts must be an integer >= 0, got -1"),
+    ],
+)
+def test_greedy_refuses(table, budget, low, message):
+    """Errors name argument, rule and value."""
+    with pytest.raises(ValueError, match=message):
+        greedy_allocation(table, budget, min_rollouts=low)
+
+
+@pytest.mark.parametrize(
+    ("table", "size", "budget", "low", "message"),
+    [
+        (np.zeros((0, 3)), [], 0, 1, "utility must have at least one row"),
+        (OK, [1], 4, 1, "size must have shape"),
+        (OK, [1, -1], 4, 1, "size must hold .*-1"),
+        (OK, [1, 1.5], 4, 1, "size must hold integers, got 1.5"),
+        (OK, [1, 1], True, 1, "budget must be an integer >= 0, got True"),
+        (OK, [1, 1], 4, 0.5, "min_rollouts must be an integer >= 0, got 0.5"),
+        ([[0.0, np.inf]], [1], 2, 1, "utility must hold finite numbers, got inf"),
+        (OK, [3, 3], 7, 1, re.escape("budget 7 cannot be met by 1..3 rollouts for bins of sizes [3, 3]")),
+    ],
+)
+def test_exact_budget_refuses(table, size, budget, low, message):
+    """Errors name argument, rule and value."""
+    with pytest.raises(ValueError, match=message):
+        exact_budget_allocation(table, size, budget, min_rollouts=low)

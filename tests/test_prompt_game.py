@@ -1,0 +1,298 @@
+"""Prompt-GDRO: the adversary's answer is Lemma 4.1's, its weights depend on the past alone."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.optimize import minimize
+from scipy.special import logsumexp, softmax, xlogy
+
+from gdro_core import PromptGDRO, prompt_payoff
+
+SEEDS = st.integers(0, 2**32 - 1)
+PUBLISHED = {"weighting": "published", "reference": "uniform", "step_size": 0.65, "exploration": 0.01}
+
+
+def played(rng, batches=6, bins=4, **options):
+    """A game after some random batches with unseen prompts and missing bins; every bin was observed at least once."""
+    game = PromptGDRO(bins, **options)
+    game.observe(np.arange(bins), rng.random(bins))
+    for _ in range(batches):
+        game.observe(rng.integers(-1, rng.integers(1, bins + 1), 7), rng.random(7))
+    return game
+
+
+def reference_of(game):
+    return game.share if game.reference == "share" else np.full(game.num_bins, 1 / game.num_bins)
+
+
+def regularised(q, game, reference):
+    """sum q S - KL(q || r) / eta."""
+    return float(q @ game.scores - (xlogy(q, q) - xlogy(q, reference)).sum() / game.step_size)
+
+
+@pytest.mark.parametrize("reference", ["share", "uniform"])
+@given(seed=SEEDS)
+def test_q_is_the_maximiser_of_lemma_4_1(reference, seed):
+    """q maximises sum q S - KL(q || r)/eta, with value (1/eta) log sum r e^(eta S); the hard maximum is near.
+
+    For uniform r, sum q S + H(q)/eta differs by the constant log(B)/eta, the bound of the lemma.
+    """
+    rng = np.random.default_rng(seed)
+    game = played(rng, reference=reference, step_size=float(rng.uniform(0.1, 5)))
+    r = reference_of(game)
+    value = logsumexp(game.step_size * game.scores, b=r) / game.step_size
+    assert regularised(game.probabilities, game, r) == pytest.approx(value, abs=1e-9)
+    for other in rng.dirichlet(np.ones(4), 20):
+        assert regularised(other, game, r) <= value + 1e-12
+    if reference == "uniform":
+        assert game.scores.max() - np.log(4) / game.step_size <= value + 1e-12
+        assert value <= game.scores.max() + 1e-12
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("reference", ["share", "uniform"])
+def test_q_agrees_with_a_numerical_maximiser_and_is_the_gradient(reference, seed):
+    """Lemma 4.1 by a generic solver over the simplex, and its gradient d value / d S = q by finite differences."""
+    rng = np.random.default_rng(seed)
+    game = played(rng, reference=reference)
+    r = reference_of(game)
+    found = minimize(lambda z: -regularised(softmax(z), game, r), np.zeros(4), method="BFGS", options={"gtol": 1e-9})
+    np.testing.assert_allclose(game.probabilities, softmax(found.x), atol=1e-5)
+
+    def value(scores):
+        return logsumexp(game.step_size * scores, b=r) / game.step_size
+
+    step = 1e-6 * np.eye(4)
+    slopes = [(value(game.scores + e) - value(game.scores - e)) / 2e-6 for e in step]
+    np.testing.assert_allclose(slopes, game.probabilities, atol=1e-8)
+
+
+@pytest.mark.parametrize("reference", ["share", "uniform"])
+@given(seed=SEEDS, exploration=st.sampled_from([0.0, 0.1, 1.0]))
+def test_importance_weights_turn_the_shares_into_q(reference, seed, exploration):
+    """F9: p_b w_b = q_b, so the weights have mean 1 under the running share while none is capped."""
+    game = played(np.random.default_rng(seed), reference=reference, exploration=exploration, max_weight=1e6)
+    np.testing.assert_allclose(game.share * game.bin_weights, game.probabilities, rtol=1e-9)
+    assert game.share @ game.bin_weights == pytest.approx(1.0, rel=1e-9)
+    assert game.probabilities.sum() == pytest.approx(1.0, rel=1e-12)
+
+
+@pytest.mark.parametrize("reference", ["share", "uniform"])
+@given(seed=SEEDS, exploration=st.sampled_from([0.0, 0.5]))
+def test_the_cap_is_the_last_thing_applied(reference, seed, exploration):
+    """w_b = min(q_b / p_b, max_weight), also with exploration."""
+    game = played(
+        np.random.default_rng(seed), reference=reference, exploration=exploration, max_weight=1.5, step_size=9
+    )
+    expected = np.minimum(game.probabilities / game.share, 1.5)
+    np.testing.assert_allclose(game.bin_weights, expected, rtol=1e-9)
+
+
+@given(SEEDS)
+def test_scores_and_shares_are_debiased_averages(seed):
+    """S_b is the normalised EMA of the bin means over the batches that had the bin; p_b the same over all batches."""
+    rng = np.random.default_rng(seed)
+    game, means, shares = PromptGDRO(3, ema=0.3), [[], [], []], []
+    for _ in range(8):
+        bins, payoff = rng.integers(-1, 3, 6), rng.random(6)
+        game.observe(bins, payoff)
+        for b in set(bins[bins >= 0]):
+            means[b].append(payoff[bins == b].mean())
+        if (bins >= 0).any():
+            shares.append(np.bincount(bins[bins >= 0], minlength=3) / (bins >= 0).sum())
+    averages = [np.average(m, weights=0.7 ** np.arange(len(m))[::-1]) if m else np.nan for m in means]
+    np.testing.assert_allclose(game.scores, np.where(np.isnan(averages), np.nanmean(averages), averages), rtol=1e-9)
+    np.testing.assert_allclose(game.share, np.average(shares, axis=0, weights=0.7 ** np.arange(len(shares))[::-1]))
+
+
+def test_published_scores_are_the_plain_recursion():
+    """Eq. 12, 14-16: S from 0 without debiasing, clipped at 1; payoff over batch share floored at .01; capped e^(eta S)."""
+    game = PromptGDRO(3, share_normalised=True, max_weight=1.5, **PUBLISHED)
+    game.observe([0, 0, 0, 1, -1], [0.1, 0.2, 0.3, -0.4, 9.0])
+    np.testing.assert_allclose(game.scores, [0.12 * 0.2 / 0.75, 0.12 * -0.4 / 0.25, 0.0])
+    np.testing.assert_allclose(game.weights([0, 1, 2, -1]), np.exp(0.65 * np.append(game.scores, 0.0)))
+    game.observe(np.r_[np.zeros(999, dtype=int), 1], np.r_[np.zeros(999), 1.0])
+    assert game.scores[1] == 1.0  # 0.12 * 1 / 0.01 and more, clipped
+    assert game.weights([1]).tolist() == [1.5]
+
+
+@given(SEEDS)
+def test_a_weight_depends_on_the_bin_and_the_past_alone(seed):
+    """What else is in the batch changes nothing; unseen prompts weigh 1 and teach nothing."""
+    rng = np.random.default_rng(seed)
+    game = played(rng)
+    bins = rng.integers(-1, 4, 30)
+    alone = [game.weights([b])[0] for b in bins]
+    np.testing.assert_array_equal(game.weights(bins), alone)
+    assert (game.weights(bins)[bins < 0] == 1.0).all()
+    before = game.state_dict()
+    game.observe([-1, -1], [1.0, 0.0])
+    assert game.state_dict() == before
+
+
+@pytest.mark.parametrize("options", [{}, PUBLISHED])
+def test_a_missing_bin_keeps_its_score(options):
+    """Only bins of the batch move."""
+    game = PromptGDRO(3, **options)
+    game.observe([0, 1, 2], [0.2, 0.4, 0.6])
+    before = game.scores
+    game.observe([0, 0], [1.0, 1.0])
+    assert game.scores[0] > before[0]
+    np.testing.assert_array_equal(game.scores[1:], before[1:])
+
+
+def test_before_the_first_batch_the_game_is_neutral():
+    """Weights 1, q the reference."""
+    for options in ({}, {"reference": "uniform"}, PUBLISHED):
+        game = PromptGDRO(3, **options)
+        assert game.weights([0, 1, 2, -1]).tolist() == [1, 1, 1, 1]
+        np.testing.assert_allclose(game.probabilities, 1 / 3)
+
+
+def test_a_step_size_of_zero_is_no_adversary():
+    """The limit eta -> 0: weights r_b / p_b, which is 1 for reference "share"."""
+    rng = np.random.default_rng(0)
+    np.testing.assert_allclose(played(rng, step_size=0.0).bin_weights, 1.0)
+    game = played(rng, step_size=0.0, reference="uniform")
+    np.testing.assert_allclose(game.bin_weights, 0.25 / game.share)
+
+
+@given(SEEDS)
+def test_the_published_payoff_is_blind(seed):
+    """F1: group-standardised advantages sum to 0, so at ratio 1 every prompt's loss is 0, and with it every score."""
+    rng = np.random.default_rng(seed)
+    rewards = (rng.random((12, 8)) < rng.random((12, 1))).astype(float)  # (prompts, rollouts), all difficulties
+    advantages = (rewards - rewards.mean(axis=1, keepdims=True)) / (rewards.std(axis=1, keepdims=True) + 1e-6)
+    losses = -advantages.mean(axis=1)  # Eq. 5-7 at ratio 1
+    np.testing.assert_allclose(losses, 0.0, atol=1e-9)
+    bins = (rewards.mean(axis=1) * 3.999).astype(int)
+    blind, seeing = PromptGDRO(4, share_normalised=True, **PUBLISHED), PromptGDRO(4)
+    blind.observe(bins, losses)
+    seeing.observe(bins, prompt_payoff("error", rewards.sum(axis=1), np.full(12, 8)))
+    np.testing.assert_allclose(blind.weights(bins), 1.0, atol=1e-8)
+    assert np.ptp(bins) == 0 or np.ptp(seeing.weights(bins)) > 0
+
+
+@given(SEEDS)
+def test_the_published_adversary_never_nears_a_vertex(seed):
+    """F4: eta .65, |S| <= 1, B = 10 give q <= .288, reached; the entropic gap log(B)/eta exceeds the loss range 2."""
+    rng = np.random.default_rng(seed)
+    game = PromptGDRO(10, **PUBLISHED)
+    for _ in range(5):
+        game.observe(np.arange(10), rng.normal(scale=100, size=10))
+    assert game.probabilities.max() <= 0.288
+    game.load_state_dict({**game.state_dict(), "score": [9.0] + [-9.0] * 9})
+    assert 0.2877 < game.probabilities[0] <= 0.288
+    assert np.log(10) / game.step_size > 3.54 > 2
+
+
+@pytest.mark.parametrize("options", [{}, {"reference": "uniform"}, {"exploration": 0.1}, PUBLISHED])
+@pytest.mark.parametrize("scale", [1e3, 1e100])
+def test_huge_step_sizes_and_payoffs_neither_overflow_nor_vanish(options, scale):
+    """Weights stay in (0, max_weight] and q on the simplex, with a bin that was never drawn and one that is rare."""
+    game = PromptGDRO(4, **{**options, "step_size": scale})
+    for payoff in (scale, -scale):
+        game.observe([0] + [1] * 500, [payoff] + [0.0] * 500)
+        assert (game.bin_weights > 0).all()
+        assert (game.bin_weights <= 15).all()
+        assert game.probabilities.sum() == pytest.approx(1.0)
+    game.observe([2], [0.0])
+    assert np.isfinite(game.bin_weights).all()
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2, 0.5, 1.0])
+@pytest.mark.parametrize(("name", "target"), [("error", lambda p: 1 - p), ("learnability", lambda p: 4 * p * (1 - p))])
+def test_payoffs_are_unbiased_and_bounded(name, target, p):
+    """E[payoff] = 1 - p and 4 p (1 - p), exactly, for every n."""
+    from scipy.stats import binom
+
+    for n in (2, 3, 12):
+        hits = np.arange(n + 1)
+        payoff = prompt_payoff(name, hits, np.full(n + 1, n))
+        assert binom.pmf(hits, n, p) @ payoff == pytest.approx(target(p))
+        assert (payoff >= 0).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"reference": "uniform"}, PUBLISHED | {"share_normalised": True}])
+def test_state_round_trips_through_json(options):
+    """A restored game continues bit for bit."""
+    original = played(np.random.default_rng(0), **options)
+    restored = PromptGDRO(4, **options)
+    restored.load_state_dict(json.loads(json.dumps(original.state_dict())))
+    for game in (original, restored):
+        game.observe([0, 1, 1, -1], [0.3, 0.1, 0.9, 0.5])
+    assert restored.state_dict() == original.state_dict()
+    np.testing.assert_array_equal(restored.bin_weights, original.bin_weights)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 0}, "version = 0"),
+        ({"num_bins": 5}, "num_bins = 5"),
+        ({"step_size": 1.0}, "step_size = 1.0"),
+        ({"payoff": "surrogate"}, "payoff = 'surrogate'"),
+        ({"score": [0.0]}, "score must have shape"),
+        ({"score_weight": [0, 0, 0, 2]}, "score_weight must hold .*2"),
+        ({"share": [0, 0, 0, np.nan]}, "share must hold .*nan"),
+        ({"share_weight": -1.0}, "share_weight must lie in .*-1"),
+    ],
+)
+def test_state_of_another_shape_is_refused(change, message):
+    """Nothing has changed after the error."""
+    game = played(np.random.default_rng(0))
+    before = game.state_dict()
+    with pytest.raises(ValueError, match=message):
+        game.load_state_dict({**before, **change})
+    assert game.state_dict() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_bins": 0}, "num_bins must be an integer >= 1, got 0"),
+        ({"payoff": "loss"}, "payoff must be one of .*'loss'"),
+        ({"step_size": -1.0}, "step_size must lie in .*-1"),
+        ({"step_size": np.nan}, "step_size must lie in .*nan"),
+        ({"ema": 0.0}, r"ema must lie in \(0, 1\], got 0.0"),
+        ({"exploration": 1.5}, "exploration must lie in .*1.5"),
+        ({"max_weight": 0.5}, "max_weight must lie in .*0.5"),
+        ({"reference": "bins"}, "reference must be one of .*'bins'"),
+        ({"weighting": "raw"}, "weighting must be one of .*'raw'"),
+        ({"share_normalised": True}, "share_normalised must be False"),
+        ({"weighting": "published"}, "reference must be \"uniform\".*'share'"),
+    ],
+)
+def test_construction_refuses(options, message):
+    """Errors name argument, rule and value."""
+    with pytest.raises(ValueError, match=message):
+        PromptGDRO(**{"num_bins": 4, **options})
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda game: game.weights([4]), "bins must hold .*4"),
+        (lambda game: game.weights([-2]), "bins must hold .*-2"),
+        (lambda game: game.weights([0.5]), "bins must hold integers, got 0.5"),
+        (lambda game: game.observe([0, 1], [1.0]), "payoff must have shape"),
+        (lambda game: game.observe([0], [np.nan]), "payoff must hold finite numbers, got nan"),
+        (lambda game: prompt_payoff("surrogate", [1], [2]), "payoff must be one of .*'surrogate'"),
+        (lambda game: prompt_payoff("error", [0], [0]), "trials must hold .*0"),
+        (lambda game: prompt_payoff("learnability", [1], [1]), "trials must hold .*1"),
+        (lambda game: prompt_payoff("error", [5], [4]), "correct must be at most trials, got 5.0 of 4.0"),
+        (lambda game: prompt_payoff("error", [-1], [4]), "correct must hold .*-1"),
+    ],
+)
+def test_bad_input_is_refused(call, message):
+    """Errors name argument, rule and value, and the game is as it was."""
+    game = played(np.random.default_rng(0))
+    before = game.state_dict()
+    with pytest.raises(ValueError, match=message):
+        call(game)
+    assert game.state_dict() == before
