@@ -225,9 +225,8 @@ def _wrong_answer(rng: random.Random, answer: str) -> str:
     return wrong
 
 
-def warm_start_example(rng: random.Random, cell: Cell, forced: float = 0.5) -> tuple[str, str]:
-    """One supervised (prompt, completion) of the train split; on a middle or hard cell "!" demands the scratch work in
-    the share ``forced`` of the examples.
+def warm_start_example(rng: random.Random, cell: Cell) -> tuple[str, str]:
+    """One supervised (prompt, completion) of the train split: half of the middle and hard ones force the scratch work.
 
     A free answer takes the cell's strategy with ``scratch_prior``; otherwise it is direct, and right or wrong with the
     share of ``DIRECT_RIGHT``, or on a hard cell opens with another cell's strategy and is wrong. On an easy cell the
@@ -241,7 +240,7 @@ def warm_start_example(rng: random.Random, cell: Cell, forced: float = 0.5) -> t
         if rng.random() < cell.scratch_prior:
             return question + ANSWER, f"{rng.choice(STRATEGIES)}={_wrong_answer(rng, answer)}"
         return question + ANSWER, answer
-    if rng.random() < forced:
+    if rng.random() < 0.5:
         return question + FORCE, scratch
     if rng.random() < cell.scratch_prior:
         return question + ANSWER, scratch

@@ -32,7 +32,9 @@ def open_run(out: Path, config: Config, *, resume: bool, fresh: bool) -> Path | 
         before, now = json.loads((out / "config.json").read_text(encoding="utf-8")), asdict(config)
         changed = [f"{key} {before.get(key)!r} -> {now[key]!r}" for key in now if before.get(key) != now[key]]
         if changed:
-            raise UsageError(f"{out} was started with another configuration ({', '.join(changed)}); choose another --out")
+            raise UsageError(
+                f"{out} was started with another configuration ({', '.join(changed)}); choose another --out"
+            )
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "config.json", config.to_json())
     checkpoints = _checkpoints(out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from gdro_llm.config import PRESETS, Config, UsageError, add_options, load_preset, preset_names
@@ -30,10 +31,12 @@ graded, the controller observes, the policy is updated. `--controller` chooses w
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; the exit code: 0, or 2 with one line on stderr for a mistake of the user."""
-    parser = argparse.ArgumentParser(prog="gdro", description=DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = argparse.ArgumentParser(
+        prog="gdro", description=DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter
+    )
+    subparsers = parser.add_subparsers(dest="command", required=True)
 
-    train = commands.add_parser(
+    train = subparsers.add_parser(
         "train",
         help="train one policy",
         description=DESCRIPTION,
@@ -46,13 +49,15 @@ def main(argv: list[str] | None = None) -> int:
     train.add_argument("--fresh", action="store_true", help="delete an earlier run in --out and start over")
     add_options(train)
 
-    report = commands.add_parser("report", help="HTML report and PNGs of one or more runs (the first is the baseline)")
+    report = subparsers.add_parser(
+        "report", help="HTML report and PNGs of one or more runs (the first is the baseline)"
+    )
     report.add_argument("runs", nargs="+", type=Path, help="run directories")
     report.add_argument("--out", type=Path, help="folder to write to [default: the last run's]")
 
-    commands.add_parser("presets", help="list the presets with their settings")
+    subparsers.add_parser("presets", help="list the presets with their settings")
 
-    warm_start = commands.add_parser("warm-start", help="make the shipped warm-started weights of a preset again")
+    warm_start = subparsers.add_parser("warm-start", help="make the shipped warm-started weights of a preset again")
     warm_start.add_argument("preset", choices=["quickstart"])
     warm_start.add_argument("--out", type=Path, default=Path("runs/warm-start"), help="folder to write [%(default)s]")
     warm_start.add_argument("--seed", type=int, default=0, help="decides weights and examples [%(default)s]")
@@ -61,7 +66,13 @@ def main(argv: list[str] | None = None) -> int:
     command = arguments.pop("command")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        {"train": _train, "report": _report, "presets": _presets, "warm-start": _warm_start}[command](**arguments)
+        commands: dict[str, Callable[..., None]] = {
+            "train": _train,
+            "report": _report,
+            "presets": _presets,
+            "warm-start": _warm_start,
+        }
+        commands[command](**arguments)
     except UsageError as error:
         print(f"gdro: error: {error}", file=sys.stderr)
         return 2

@@ -39,7 +39,9 @@ class Config:
     preset: str = option("", "run", "name of the preset this configuration started from")
     seed: int = option(0, "run", "decides prompt order, samples and ties")
     steps: int = option(80, "run", "training steps (one batch each)")
-    eval_every: int = option(20, "run", "steps between evaluations on the test problems; also before and after training")
+    eval_every: int = option(
+        20, "run", "steps between evaluations on the test problems; also before and after training"
+    )
     save_every: int = option(20, "run", "steps between checkpoints; the last two are kept")
 
     model: str = option("embedded", "model", '"embedded" (tiny Qwen3 in this package), a model folder, or a hub name')

@@ -37,14 +37,21 @@ def load_problems(config: Config) -> tuple[list[Problem], list[Problem]]:
     else:
         if not config.test_data:
             raise UsageError("test_data must name a .jsonl file of held-out problems when data is a file")
-        train, test = read_jsonl(Path(config.data), config.template), read_jsonl(Path(config.test_data), config.template)
+        train, test = (
+            read_jsonl(Path(config.data), config.template),
+            read_jsonl(Path(config.test_data), config.template),
+        )
         leaked = {p.prompt for p in train} & {p.prompt for p in test}
         if leaked:
             raise UsageError(f"{len(leaked)} problems of test_data stand in data too, for example {min(leaked)[:80]!r}")
     if len(train) < config.batch_size:
-        raise UsageError(f"batch_size must be at most the {len(train)} problems of {config.data}, got {config.batch_size}")
+        raise UsageError(
+            f"batch_size must be at most the {len(train)} problems of {config.data}, got {config.batch_size}"
+        )
     if len(test) > config.test_problems:
-        test = [test[i] for i in sorted(np.random.default_rng(0).choice(len(test), config.test_problems, replace=False))]
+        test = [
+            test[i] for i in sorted(np.random.default_rng(0).choice(len(test), config.test_problems, replace=False))
+        ]
     return train, test
 
 

@@ -30,7 +30,9 @@ def evaluate(policy: Policy, problems: Sequence[Problem], config: Config) -> dic
     rollouts = sample(policy, prompts, counts, config.max_new_tokens, seed=config.seed + 2**32, rows=config.sample_rows)
     grade = GRADERS[config.grader]
     owner = np.repeat(np.arange(len(problems)), counts)
-    correct = np.bincount(owner, [grade(problems[p], text) for p, text in zip(owner, rollouts.texts, strict=True)])
+    correct = np.bincount(
+        owner, [grade(problems[p], text) for p, text in zip(owner.tolist(), rollouts.texts, strict=True)]
+    )
     columns = {f"mean@{k}": correct / k, f"pass@{k}": pass_at_k(correct, counts, k)}
     if all(problem.accepted for problem in problems):
         accepted = [problem.accepted for problem in problems]
@@ -46,7 +48,11 @@ def evaluate(policy: Policy, problems: Sequence[Problem], config: Config) -> dic
         return found
 
     def split(names: list[str]) -> dict[str, Any]:
-        return {name: table(np.array([i for i, n in enumerate(names) if n == name])) for name in dict.fromkeys(names) if name}
+        return {
+            name: table(np.array([i for i, n in enumerate(names) if n == name]))
+            for name in dict.fromkeys(names)
+            if name
+        }
 
     return {
         **table(np.arange(len(problems))),

@@ -14,7 +14,7 @@ def grade_exact(problem: Problem, completion: str) -> float:
 
 
 def grade_number(problem: Problem, completion: str) -> float:
-    """The first line of the completion is the answer as a number and nothing else; blanks and thousands' commas aside."""
+    """The first line of the completion is the answer as a number, and nothing else but blanks, commas, a full stop."""
     lines = completion.strip().splitlines()
     return float(bool(lines) and _as_number(lines[0]) == _as_number(problem.answer) is not None)
 

@@ -25,7 +25,7 @@ def group_advantages(rewards_R: np.ndarray, owner_R: np.ndarray, *, scale: bool)
     if not scale:
         return centred
     std = np.sqrt(np.bincount(owner_R, weights=centred**2) / np.maximum(size, 1))
-    return centred / (std[owner_R] + 1e-6)
+    return np.asarray(centred / (std[owner_R] + 1e-6))
 
 
 def rollout_scale(weights_P: np.ndarray, counts_P: np.ndarray, owner_R: np.ndarray, aggregation: str) -> np.ndarray:
@@ -35,14 +35,14 @@ def rollout_scale(weights_P: np.ndarray, counts_P: np.ndarray, owner_R: np.ndarr
         weights_P: (P,) prompt weights of the plan.
         counts_P: (P,) rollouts of the plan.
         owner_R: (R,) prompt row of each rollout.
-        aggregation: `"prompt"`: every prompt pulls by its weight, however many rollouts it got; `"rollout"`: every rollout
-            counts the same, so that a prompt's pull grows with n_i (plain token mean, as DAPO).
+        aggregation: `"prompt"`: every prompt pulls by its weight, however many rollouts it got; `"rollout"`: every
+            rollout counts the same, so that a prompt's pull grows with n_i (plain token mean, as DAPO).
 
     Returns:
         (R,) factors.
     """
     factor_P = weights_P * (counts_P.mean() / counts_P) if aggregation == "prompt" else weights_P
-    return factor_P[owner_R]
+    return np.asarray(factor_P[owner_R])
 
 
 def clipped_surrogate(
@@ -52,7 +52,7 @@ def clipped_surrogate(
     clip_low: float,
     clip_high: float,
 ) -> torch.Tensor:
-    r"""Token losses -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A), rho the probability ratio (Eq. 4-5); (R, T)."""
+    r"""(R, T) token losses -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A), rho the probability ratio (Eq. 5)."""
     ratio_R_T = (logprobs_R_T - old_logprobs_R_T).exp()
     advantages = advantages_R[:, None]
     return -torch.minimum(ratio_R_T * advantages, ratio_R_T.clamp(1 - clip_low, 1 + clip_high) * advantages)

@@ -1,10 +1,10 @@
 """The language model: load it, encode prompts once, and score completions.
 
-Dimension suffixes, here and in all of gdro_llm: _P prompts, _R rollouts (flat, ragged: `counts_P[i]` rows for prompt i),
+Dimension suffixes, here and in all of gdro_llm: _P prompts, _R rollouts (flat, ragged: `counts_P[i]` rows of prompt i),
 _T tokens, _V vocabulary. Prompts are padded on the left, completions on the right.
 
-Every prompt is encoded once and its key-value cache is shared by its rollouts, when sampling and, with gradients flowing
-through the cache, when training: for long prompts with short answers that saves most of the work.
+Every prompt is encoded once and its key-value cache is shared by its rollouts, when sampling and, with gradients
+flowing through the cache, when training: for long prompts with short answers that saves most of the work.
 """
 
 from __future__ import annotations
@@ -43,10 +43,12 @@ class Policy:
 
 def load_policy(config: Config, folder: Path | None = None) -> Policy:
     """The policy of a configuration, or its later state in `folder`, in evaluation mode, frozen where asked for."""
-    source = folder or (EMBEDDED if config.model == "embedded" else Path(config.model))
-    if not (source / "config.json").is_file():
-        if source.exists() or config.model.startswith((".", "/", "~")):
-            raise UsageError(f"model folder {str(source)!r} has no config.json; give a Hugging Face folder or a hub name")
+    source: Path | str = folder or (EMBEDDED if config.model == "embedded" else Path(config.model))
+    if not (Path(source) / "config.json").is_file():
+        if Path(source).exists() or config.model.startswith((".", "/", "~")):
+            raise UsageError(
+                f"model folder {str(source)!r} has no config.json; give a Hugging Face folder or a hub name"
+            )
         source = config.model  # a hub name
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("device is 'cuda', but torch finds no GPU; use --device cpu or install a CUDA build of torch")
@@ -55,10 +57,10 @@ def load_policy(config: Config, folder: Path | None = None) -> Policy:
     device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, config.dtype)).to(device)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, config.dtype))
     except OSError as error:
         raise UsageError(f"cannot load model {config.model!r}: {str(error).splitlines()[0]}") from error
-    model.eval()  # no dropout: ratios compare the policy with itself
+    model.to(device).eval()  # no dropout: ratios compare the policy with itself
     if config.trainable_layers:
         blocks = model.model.layers
         if config.trainable_layers > len(blocks):
@@ -152,10 +154,11 @@ def success_probability(policy: Policy, prompts: list[str], accepted: list[tuple
         rows: sequences scored side by side.
     """
     total_P = torch.zeros(len(prompts), dtype=torch.float64)
+    stop = int(policy.stop_ids[0])
     flat = [(p, text) for p, texts in enumerate(accepted) for text in texts]
     for start in range(0, len(flat), rows):
         chunk = flat[start : start + rows]
-        ids = [policy.tokenizer.encode(text, add_special_tokens=False) + [int(policy.stop_ids[0])] for _, text in chunk]
+        ids = [[*policy.tokenizer.encode(text, add_special_tokens=False), stop] for _, text in chunk]
         width = max(map(len, ids))
         tokens = torch.tensor([row + [0] * (width - len(row)) for row in ids], device=policy.device)
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids], device=policy.device)

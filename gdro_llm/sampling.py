@@ -46,7 +46,9 @@ def sample(
     truncated = torch.zeros(total, dtype=torch.bool, device=policy.device)
     for start in range(0, total, rows):
         chunk = slice(start, min(start + rows, total))
-        _sample_rows(policy, prompts, owner[chunk], generator, tokens[chunk], mask[chunk], logprobs[chunk], truncated[chunk])
+        _sample_rows(
+            policy, prompts, owner[chunk], generator, tokens[chunk], mask[chunk], logprobs[chunk], truncated[chunk]
+        )
     width = max(int(mask.sum(-1).max()), 1)
     tokens, mask, logprobs = tokens[:, :width], mask[:, :width], logprobs[:, :width]
     lengths = (mask.sum(-1) - (~truncated).long()).tolist()  # without the stop token

@@ -4,10 +4,10 @@ The controller decides each prompt's weight and number of rollouts before sampli
 
 1. Advantages are centred (and scaled) within each prompt's group, whatever its size (Eq. 3), then multiplied by the
    prompt's weight (Eq. 16). The logged `reward` is never weighted; `weighted_reward` is.
-2. The loss is the clipped surrogate averaged over the tokens of the batch. Departs: with `aggregation="prompt"` a rollout
-   also counts n_bar / n_i, so that a prompt with more rollouts has a better gradient, not a longer one (F6).
-3. Rollouts without advantage have no gradient and are left out of the backward pass, which is exact (there is no KL term);
-   their tokens still count in the mean.
+2. The loss is the clipped surrogate averaged over the tokens of the batch. Departs: with `aggregation="prompt"` a
+   rollout also counts n_bar / n_i, so that a prompt with more rollouts does not pull as often, but more precisely (F6).
+3. Rollouts without advantage have no gradient and are left out of the backward pass, which is exact (there is no KL
+   term); their tokens still count in the mean.
 4. Ratios are taken against the sampler's own log-probabilities; `sampler_kl` watches that they are the trainer's.
 5. Nothing random has a state: every draw is seeded by (seed, step), so a resumed run needs no generator saved.
 """
@@ -131,7 +131,7 @@ def build_controller(config: Config) -> GDROController:
 
 def grade(grader: str, problems: list[Problem], owner_R: np.ndarray, texts: list[str]) -> np.ndarray:
     """Reward of each completion in [0, 1], (R,)."""
-    return np.array([GRADERS[grader](problems[p], text) for p, text in zip(owner_R, texts, strict=True)])
+    return np.array([GRADERS[grader](problems[p], text) for p, text in zip(owner_R.tolist(), texts, strict=True)])
 
 
 def update(
@@ -195,7 +195,9 @@ def update(
     }
 
 
-def summarise(rewards_R: np.ndarray, owner_R: np.ndarray, weights_P: np.ndarray, rollouts: Rollouts) -> dict[str, float]:
+def summarise(
+    rewards_R: np.ndarray, owner_R: np.ndarray, weights_P: np.ndarray, rollouts: Rollouts
+) -> dict[str, float]:
     """What came back from sampling and grading."""
     mean_P = np.bincount(owner_R, weights=rewards_R) / np.bincount(owner_R)
     tokens = rollouts.mask_R_T.sum()
@@ -211,13 +213,18 @@ def summarise(rewards_R: np.ndarray, owner_R: np.ndarray, weights_P: np.ndarray,
     }
 
 
-def run_evaluation(policy: Policy, problems: list[Problem], config: Config, out: Path, progress: dict[str, Any]) -> None:
+def run_evaluation(
+    policy: Policy, problems: list[Problem], config: Config, out: Path, progress: dict[str, Any]
+) -> None:
     """Evaluate and log one line."""
     tqdm.write(f"evaluating on {len(problems)} held-out problems x {config.eval_samples} samples ...")
     found = evaluate(policy, problems, config)
     k = config.eval_samples
     tqdm.write(f"step {progress['step']}: mean@{k} {found[f'mean@{k}']:.3f}, pass@{k} {found[f'pass@{k}']:.3f}")
-    append(out / "evaluations.jsonl", {"step": progress["step"], "rollouts": progress["rollouts"], "split": "test", **found})
+    append(
+        out / "evaluations.jsonl",
+        {"step": progress["step"], "rollouts": progress["rollouts"], "split": "test", **found},
+    )
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: Config, step: int) -> None:

@@ -96,8 +96,8 @@ def test_hysteresis_holds_a_prompt_in_both_directions(hits, bins):
 @given(st.floats(0.3, 20), st.floats(0.3, 20), st.integers(1, 16))
 def test_pass_at_k_is_the_posterior_mean(a, b, k):
     """1 - prod (b + j)/(a + b + j) = E[1 - (1 - p)^k], p ~ Beta(a, b), by numerical integration; it decides the bin."""
-    mean = quad(lambda x: beta.cdf(x, a, b) * k * (1.0 - x) ** (k - 1), 0, 1, epsabs=1e-11, limit=200)[0]
-    expected = 1.0 - mean  # integration by parts: E f(p) = f(1) - int F f'
+    none_right = quad(lambda x: beta.cdf(x, a, b) * k * (1.0 - x) ** (k - 1), 0, 1, epsabs=1e-11, limit=200)[0]
+    expected = 1.0 - none_right  # integration by parts: E f(p) = f(1) - int F f' with the distribution function F
     for offset, wanted in ((-1e-6, 1), (1e-6, 0)):
         edge = expected + offset
         if 0.0 < edge < 1.0:

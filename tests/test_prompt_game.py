@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 from scipy.special import logsumexp, softmax, xlogy
+from scipy.stats import binom
 
 from gdro_core import PromptGDRO, prompt_payoff
 
@@ -111,7 +112,7 @@ def test_scores_and_shares_are_debiased_averages(seed):
 
 
 def test_published_scores_are_the_plain_recursion():
-    """Eq. 12, 14-16: S from 0 without debiasing, clipped at 1; payoff over batch share floored at .01; capped e^(eta S)."""
+    """Eq. 12, 14-16: S from 0, not debiased, clipped at 1; payoff over batch share >= .01; capped e^(eta S)."""
     game = PromptGDRO(3, share_normalised=True, max_weight=1.5, **PUBLISHED)
     game.observe([0, 0, 0, 1, -1], [0.1, 0.2, 0.3, -0.4, 9.0])
     np.testing.assert_allclose(game.scores, [0.12 * 0.2 / 0.75, 0.12 * -0.4 / 0.25, 0.0])
@@ -209,8 +210,6 @@ def test_huge_step_sizes_and_payoffs_neither_overflow_nor_vanish(options, scale)
 @pytest.mark.parametrize(("name", "target"), [("error", lambda p: 1 - p), ("learnability", lambda p: 4 * p * (1 - p))])
 def test_payoffs_are_unbiased_and_bounded(name, target, p):
     """E[payoff] = 1 - p and 4 p (1 - p), exactly, for every n."""
-    from scipy.stats import binom
-
     for n in (2, 3, 12):
         hits = np.arange(n + 1)
         payoff = prompt_payoff(name, hits, np.full(n + 1, n))

@@ -1,0 +1,36 @@
+# Every target does its own set-up: a .venv in this checkout, installed once and used again.
+PYTHON ?= python3
+BIN := .venv/bin
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help install train test test-all lint clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
+
+install: .venv/installed  ## set-up alone
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("gdro needs Python 3.11 or newer: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
+	@echo "installing into .venv (a few minutes the first time) ..."
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[llm,sim,dev]'
+	@touch $@
+
+train: install  ## train a tiny model by GRPO and by the recommended controllers, and compare (minutes; again: resumes)
+	$(BIN)/gdro train quickstart --controller grpo --resume
+	$(BIN)/gdro train quickstart --controller recommended --resume
+	$(BIN)/gdro report runs/quickstart-grpo runs/quickstart-recommended --out runs/quickstart
+
+test: lint  ## fast tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+
+test-all: lint  ## all tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: install  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:  ## remove the environment and all runs
+	rm -rf .venv runs

@@ -1,0 +1,73 @@
+"""A random Qwen3 small enough for exact comparisons, in a folder as users have them, and ways to run it."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging
+
+from gdro_llm.cells import character_tokenizer
+from gdro_llm.config import Config
+from gdro_llm.policy import EMBEDDED, Policy, load_policy
+
+torch.set_num_threads(1)  # more threads spin against each other on models this small
+logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """Folder of a random 2-layer model whose next-token distributions are far from uniform."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tokenizer = character_tokenizer()
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    model = Qwen3ForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                parameter *= 15.0 if "proj" in name else 10.0
+        model.lm_head.weight[tokenizer.eos_token_id] *= 2.0  # ends come early enough to be ragged
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_config(tiny_model):
+    """Config of the tiny model; keyword arguments override."""
+
+    def build(**overrides) -> Config:
+        values = {"model": str(tiny_model), "threads": 1, "device": "cpu", "max_new_tokens": 6, "learning_rate": 1e-3}
+        return Config(**{**values, **overrides})
+
+    return build
+
+
+@pytest.fixture
+def tiny(tiny_config) -> Policy:
+    """The tiny policy at temperature 1, fresh."""
+    return load_policy(tiny_config())
+
+
+@pytest.fixture(scope="session")
+def embedded() -> Policy:
+    """The shipped warm-started model; never train it in place."""
+    if not (EMBEDDED / "config.json").is_file():
+        pytest.skip("the shipped model is not there yet")
+    return load_policy(Config(threads=1, device="cpu"))

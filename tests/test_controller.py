@@ -1,0 +1,348 @@
+"""The data flow: plans are pure, budgets and mean weights hold, states continue bit for bit, errors change nothing."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gdro_core import GDROController, OnlineDifficultyClassifier, PromptGDRO, RolloutGDRO
+
+IDS = [f"task/{i}" for i in range(40)]
+PASS_RATE = np.linspace(0.02, 0.98, 40)
+
+
+def joint_bins(seed=0):
+    """Every option away from its default, with both games on bins."""
+    return GDROController(
+        OnlineDifficultyClassifier([0.2, 0.5, 0.8], "pass@k", k=2, hysteresis=0.02),
+        PromptGDRO(4, payoff="learnability", reference="uniform", exploration=0.1),
+        RolloutGDRO(4, 4, 2, 12, utility="mixed", granularity="bin"),
+        seed=seed,
+    )
+
+
+MAKERS = {
+    "uniform": lambda seed=0: GDROController.uniform(4, seed=seed),
+    "joint bins": joint_bins,
+    **{
+        f"{preset.__name__} prompt={prompt} rollout={rollout}": (
+            lambda seed=0, preset=preset, games={"prompt": prompt, "rollout": rollout}: preset(4, seed=seed, **games)
+        )
+        for preset in (GDROController.recommended, GDROController.published)
+        for prompt in (True, False)
+        for rollout in (True, False)
+    },
+}
+every_controller = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
+
+
+def step(controller, rng, size=10):
+    """One batch against prompts of fixed pass rates; returns plan, rewards and metrics."""
+    rows = rng.permutation(40)[:size]
+    plan = controller.plan([IDS[row] for row in rows])
+    rewards = (rng.random(plan.counts.sum()) < PASS_RATE[rows][plan.owner]).astype(float)
+    metrics = controller.observe(plan, rewards)
+    if controller.needs_losses:
+        controller.observe_losses(plan, rng.normal(scale=0.3, size=size))
+    return plan, rewards, metrics
+
+
+def trained(make, steps=6):
+    controller, rng = make(), np.random.default_rng(1)
+    for _ in range(steps):
+        step(controller, rng)
+    return controller
+
+
+def same(one, other):
+    return (
+        (one.ids, one.price, one.step) == (other.ids, other.price, other.step)
+        and np.array_equal(one.bins, other.bins)
+        and np.array_equal(one.weights, other.weights)
+        and np.array_equal(one.counts, other.counts)
+    )
+
+
+@every_controller
+def test_every_preset_holds_its_invariants_for_50_steps(make):
+    """Exact budget, bounds, mean weight 1 over rollouts, unseen at the mean, finite JSON metrics that add up."""
+    controller, rng = make(), np.random.default_rng(0)
+    for t in range(50):
+        plan, _, metrics = step(controller, rng)
+        assert plan.step == t
+        assert plan.counts.sum() == 4 * len(plan.ids)
+        assert ((plan.counts >= 2) & (plan.counts <= 12)).all()
+        assert (plan.counts[plan.bins < 0] == 4).all()
+        assert (plan.weights > 0).all()
+        if controller.prompt is None:
+            assert (plan.weights == 1).all()
+        elif controller.prompt.weighting == "published":  # Eq. 16, unnormalised
+            assert (plan.weights[plan.bins < 0] == 1).all()
+        else:
+            assert np.average(plan.weights, weights=plan.counts) == pytest.approx(1.0, rel=1e-12)
+        if controller.rollout is None:
+            assert (plan.counts == 4).all()
+        assert plan.price >= 0
+        assert sum(metrics["bin_share"]) + metrics["unseen_share"] == pytest.approx(1.0)
+        json.dumps(metrics, allow_nan=False)
+
+
+@every_controller
+def test_plan_is_pure_and_equal_on_every_worker(make):
+    """Planning twice gives the same plan and leaves the state alone; a worker with the same state plans the same."""
+    controller, worker = trained(make), make()
+    before = json.dumps(controller.state_dict())
+    first, second = controller.plan(IDS[:10]), controller.plan(IDS[:10])
+    assert same(first, second)
+    assert json.dumps(controller.state_dict()) == before
+    worker.load_state_dict(json.loads(before))
+    assert same(worker.plan(IDS[:10]), first)
+
+
+@every_controller
+@pytest.mark.parametrize("after", [0, 1, 5])
+def test_state_continues_bit_for_bit_through_json(make, after):
+    """Ten more steps of the restored controller repeat the original's plans, metrics and state."""
+    original, restored = trained(make, after), make()
+    restored.load_state_dict(json.loads(json.dumps(original.state_dict())))
+    runs = [np.random.default_rng(2), np.random.default_rng(2)]
+    for _ in range(10):
+        (plan, _, metrics), (again, _, metrics_again) = map(step, (original, restored), runs)
+        assert same(plan, again)
+        assert metrics == metrics_again
+    assert original.state_dict() == restored.state_dict()
+
+
+def test_the_seed_and_the_step_decide_ties():
+    """Before any difference between arms the published allocation is random, by (seed, step) alone."""
+
+    def count(seed):
+        controller = GDROController.published(4, prompt=False, rollout=True, seed=seed)
+        first = controller.plan(IDS[:4])
+        controller.observe(first, np.repeat([0.0, 0.0, 1.0, 1.0], 4))  # losses withheld: scores stay tied
+        plans = []
+        for _ in range(5):
+            plans.append(controller.plan(IDS[:4]))
+            controller.observe(plans[-1], np.repeat([0.0, 0.0, 1.0, 1.0], plans[-1].counts))
+        return [plan.counts.tolist() for plan in plans]
+
+    assert count(0) == count(0)
+    assert len({tuple(c) for seed in range(4) for c in count(seed)}) > 3  # of the 5 that are feasible
+
+
+@every_controller
+@given(seed=st.integers(0, 2**32 - 1))
+def test_bins_and_weights_are_looked_up_by_id(make, seed):
+    """F5: a permuted batch has permuted bins and proportional weights; its counts are permuted where nothing ties."""
+    controller = trained(make)
+    order = np.random.default_rng(seed).permutation(10)
+    plan, permuted = controller.plan(IDS[:10]), controller.plan([IDS[i] for i in order])
+    np.testing.assert_array_equal(permuted.bins, plan.bins[order])
+    ratio = permuted.weights / plan.weights[order]
+    np.testing.assert_allclose(ratio, ratio[0])
+
+
+def test_ratios_of_weights_do_not_depend_on_the_batch():
+    """Two prompts keep their ratio whatever else is drawn with them."""
+    controller = trained(MAKERS["recommended prompt=True rollout=True"])
+    ratios = [np.divide(*controller.plan([IDS[0], IDS[39], *IDS[1:n]]).weights[:2]) for n in (1, 5, 30)]
+    np.testing.assert_allclose(ratios, ratios[0])
+    assert ratios[0] > 1  # harder weighs more
+
+
+def test_a_batch_of_one_light_bin_still_has_mean_weight_one():
+    """Even where the adversary's weight would underflow."""
+    controller = GDROController(OnlineDifficultyClassifier([0.5]), PromptGDRO(2, step_size=1e4), mean_rollouts=2)
+    for _ in range(2):
+        controller.observe(controller.plan(["hard", "easy"]), [0, 0, 1, 1])
+    assert controller.plan(["easy"]).weights.tolist() == [1.0]
+
+
+def test_joint_play_gives_rollouts_to_weighted_prompts():
+    """F7: `joint` feeds ω into the rollout game; without it the counts are those of the rollout game alone."""
+    pair = {}
+    for joint in (True, False):
+        controller = GDROController(
+            OnlineDifficultyClassifier([0.5], prior=(1.0, 1.0)), PromptGDRO(2), RolloutGDRO(2, 6, 1, 11), joint=joint
+        )
+        for _ in range(2):  # seen once, then judged once by their bins
+            controller.observe(controller.plan(["hard", "easy"]), [1, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 0])
+        pair[joint] = controller.plan(["hard", "easy"]).counts
+    assert pair[False].tolist() == [6, 6]
+    assert pair[True][0] > pair[True][1]
+
+
+def test_metrics_by_hand():
+    """Two bins and an unseen prompt: shares, errors, weights, rollouts, q, price and lead-lag (Eq. 32)."""
+    controller = GDROController(
+        OnlineDifficultyClassifier([0.5]), PromptGDRO(2, step_size=1.0), RolloutGDRO(2, 4, 4, 4), seed=3
+    )
+    empty = controller.observe(controller.plan(["hard", "easy"]), [0, 0, 0, 0, 1, 1, 1, 1])
+    assert empty["bin_error"] == empty["bin_rollouts"] == empty["bin_weight"] == [None, None]
+    assert (empty["unseen_share"], empty["bin_share"], empty["lead_lag"]) == (1.0, [0.0, 0.0], None)
+
+    plan = controller.plan(["hard", "easy"])
+    assert plan.weights.tolist() == [1.0, 1.0]  # payoffs are learnt by the bin a plan was made with: none yet
+    controller.observe(plan, [0, 0, 0, 1, 1, 1, 1, 1])
+    plan = controller.plan(["hard", "new", "easy"])
+    ratio = np.exp(0.75)  # payoffs .75 and 0, equal shares
+    raw = np.array([2 * ratio / (1 + ratio), 1.0, 2 / (1 + ratio)])
+    np.testing.assert_allclose(plan.weights, raw / raw.mean())
+    metrics = controller.observe(plan, [0, 0, 0, 0, 0.5, 0.5, 0.5, 0.5, 1, 1, 1, 0])
+    q = controller.prompt.probabilities
+    assert metrics.pop("lead_lag") == pytest.approx(1 / (1 + ratio) - 0.5)
+    np.testing.assert_allclose(metrics.pop("bin_weight"), plan.weights[[0, 2]])
+    assert metrics == {
+        "bin_share": [1 / 3, 1 / 3],
+        "unseen_share": pytest.approx(1 / 3),
+        "bin_error": [1.0, 0.25],
+        "bin_rollouts": [4.0, 4.0],
+        "bin_probability": q.tolist(),
+        "shadow_price": 0.0,
+    }
+    assert set(GDROController.uniform(4).observe(plan, np.ones(12))) == {
+        "bin_share",
+        "unseen_share",
+        "bin_error",
+        "bin_rollouts",
+    }
+
+
+def test_owner_maps_flat_rows_to_prompts():
+    """Rewards arrive in plan order: prompt i owns counts[i] consecutive rows."""
+    controller = trained(MAKERS["recommended prompt=True rollout=True"])
+    plan = controller.plan(IDS[:10])
+    assert len(set(plan.counts)) > 1
+    np.testing.assert_array_equal(np.bincount(plan.owner), plan.counts)
+    assert (np.diff(plan.owner) >= 0).all()
+
+
+def test_recommended_play_leans_to_hard_prompts():
+    """After 60 steps the hardest fifth has more weight and the uncertain middle more rollouts than the easiest."""
+    controller = trained(MAKERS["recommended prompt=True rollout=True"], 60)
+    plan = controller.plan(IDS)
+    assert plan.weights[:8].mean() > 1 > plan.weights[-8:].mean()
+    assert plan.counts[12:20].mean() > 4 > plan.counts[-8:].mean()
+    _, _, metrics = step(controller, np.random.default_rng(0))
+    assert metrics["lead_lag"] < 0
+
+
+BAD_CALLS = [
+    (lambda c, plan: c.plan([]), "ids must hold at least one id"),
+    (lambda c, plan: c.plan(["x", "y", "x"]), "ids must be unique within a batch, got 'x' twice"),
+    (lambda c, plan: c.observe(plan, np.ones(39)), r"rewards must have shape \(40,\).*\(39,\)"),
+    (lambda c, plan: c.observe(plan, np.ones((10, 4))), "rewards must have shape"),
+    (lambda c, plan: c.observe(plan, [np.nan] + [1.0] * 39), r"rewards must hold finite numbers in \[0, 1\], got nan"),
+    (lambda c, plan: c.observe(plan, [1.5] + [1.0] * 39), "rewards must hold .*1.5"),
+    (lambda c, plan: c.observe(plan, [-1.0] + [1.0] * 39), "rewards must hold .*-1"),
+    (lambda c, plan: c.observe_losses(plan, np.zeros(9)), "losses must have shape"),
+    (lambda c, plan: c.observe_losses(plan, [np.inf] + [0.0] * 9), "losses must hold finite numbers, got inf"),
+    (lambda c, plan: c.metrics(plan, np.full(10, 2.0)), "mean_reward must hold .*2.0"),
+]
+
+
+@every_controller
+@pytest.mark.parametrize(("call", "message"), BAD_CALLS, ids=[message for _, message in BAD_CALLS])
+def test_bad_input_changes_nothing(make, call, message):
+    """Errors name argument, rule and value; the controller is as it was."""
+    controller = trained(make)
+    plan, before = controller.plan(IDS[:10]), controller.state_dict()
+    with pytest.raises(ValueError, match=message):
+        call(controller, plan)
+    assert controller.state_dict() == before
+
+
+def test_a_foreign_plan_is_refused_without_a_trace():
+    """A plan of a controller with finer bins or other arms fails in a game, before any part has learnt."""
+    fine = trained(lambda: GDROController.recommended(4, num_bins=16), 40).plan(IDS)
+    coarse = GDROController.recommended(4, num_bins=5)
+    published = GDROController.published(4, num_bins=16, rollout=True)
+    for controller, call in (
+        (coarse, lambda: coarse.observe(fine, np.ones(160))),
+        (published, lambda: published.observe_losses(fine, np.ones(40))),
+    ):
+        before = controller.state_dict()
+        with pytest.raises(ValueError, match=r"bins must hold|counts must be the same"):
+            call()
+        assert controller.state_dict() == before
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["version"], 2, "version = 2"),
+        (["seed"], 1, "seed = 1"),
+        (["joint"], False, "joint = False"),
+        (["mean_rollouts"], 8, "mean_rollouts = 8"),
+        (["step"], -1, "step must be an integer >= 0, got -1"),
+        (["prompt"], None, "lacks prompt"),
+        (["classifier", "edges"], [0.5], "edges"),
+        (["prompt", "score"], [1.0], "score must have shape"),
+        (["rollout", "scores"], [[1.0]], "scores must have shape"),
+        (["rollout", "price", "price"], -1.0, "price must lie in"),
+    ],
+)
+def test_state_of_another_controller_is_refused(path, value, message):
+    """Whichever part refuses, no part has changed."""
+    make = joint_bins
+    controller, found = trained(make, 3), json.loads(json.dumps(trained(make, 9).state_dict()))
+    before, inner = controller.state_dict(), found
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    with pytest.raises(ValueError, match=message):
+        controller.load_state_dict(found)
+    assert controller.state_dict() == before
+
+
+def test_state_with_a_part_too_many_or_another_budget_is_refused():
+    """A prompt game's state does not fit a controller without one, nor one budget another."""
+    with pytest.raises(ValueError, match="has prompt"):
+        GDROController.recommended(4, prompt=False).load_state_dict(GDROController.recommended(4).state_dict())
+    with pytest.raises(ValueError, match="mean_rollouts = 4, this one needs 8"):
+        GDROController.uniform(8).load_state_dict(GDROController.uniform(4).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: GDROController(OnlineDifficultyClassifier()), "exactly one of rollout and mean_rollouts .*None"),
+        (
+            lambda: GDROController(OnlineDifficultyClassifier(), rollout=RolloutGDRO(10, 4, 2, 6), mean_rollouts=4),
+            "exactly one of rollout and mean_rollouts .*4",
+        ),
+        (
+            lambda: GDROController(OnlineDifficultyClassifier(), PromptGDRO(9), mean_rollouts=4),
+            "prompt.num_bins .*10.* 9",
+        ),
+        (
+            lambda: GDROController(OnlineDifficultyClassifier(), rollout=RolloutGDRO(9, 4, 2, 6)),
+            "rollout.num_bins .* 9",
+        ),
+        (lambda: GDROController.uniform(0), "mean_rollouts must be an integer >= 1, got 0"),
+        (lambda: GDROController.uniform(4, seed=-1), "seed must be an integer >= 0, got -1"),
+        (lambda: GDROController.uniform(4, num_bins=0), "num_bins must be an integer >= 1, got 0"),
+        (lambda: GDROController.recommended(4, 6, 5), "max_rollouts must be at least min_rollouts = 6, got 5"),
+        (lambda: GDROController.recommended(13), r"mean_rollouts must lie in \[2, 12\], got 13"),
+        (
+            lambda: GDROController(
+                OnlineDifficultyClassifier(), PromptGDRO(10, payoff="learnability"), RolloutGDRO(10, 4, 1, 6)
+            ),
+            "min_rollouts with payoff 'learnability' must lie in .*1",
+        ),
+        (
+            lambda: GDROController(
+                OnlineDifficultyClassifier(), PromptGDRO(10, payoff="learnability"), mean_rollouts=1
+            ),
+            "min_rollouts with payoff 'learnability' must lie in .*1",
+        ),
+    ],
+)
+def test_construction_refuses(build, message):
+    """Errors name argument, rule and value."""
+    with pytest.raises(ValueError, match=message):
+        build()
