@@ -202,8 +202,8 @@ def exact_budget_allocation(
     spend = np.arange(total + 1)
     rounding = 1e-12 * float(np.abs(table).max(axis=1).sum())
     value = np.where(spend == 0, 0.0, -np.inf)  # V_B
-    ways = np.where(spend == 0, 1.0, 0.0)  # number of optimal completions
-    weights = []  # per bin (A, S): optimal completions through each arm
+    log_ways = value.copy()  # log of the number of optimal completions, which overflows from about 300 bins on
+    through = []  # per bin (A, S): the same through each arm
     for b in reversed(range(bins)):
         before = spend - sizes[b] * options[:, None]  # (A, S) budget left for the later bins
         reached = before >= 0
@@ -211,8 +211,8 @@ def exact_budget_allocation(
         candidates = np.where(reached, value[before], -np.inf) + table[b][:, None]
         value = candidates.max(axis=0)
         optimal = np.isfinite(candidates) & (candidates >= value - rounding)
-        weights.append(np.where(optimal, ways[before], 0.0))
-        ways = weights[-1].sum(axis=0)
+        through.append(np.where(optimal, log_ways[before], -np.inf))
+        log_ways = np.logaddexp.reduce(through[-1], axis=0)
     if not np.isfinite(value[total]):
         raise ValueError(
             f"budget {total} cannot be met by {low}..{options[-1]} rollouts for bins of sizes {sizes.tolist()}; "
@@ -220,9 +220,13 @@ def exact_budget_allocation(
         )
     counts = np.empty(bins, dtype=np.int64)
     left = total
-    for b, weight in enumerate(reversed(weights)):
-        column = weight[:, left]
-        arm = int(rng.choice(arms, p=column / column.sum())) if rng is not None else int(np.argmax(column > 0))
+    for b, log_weight in enumerate(reversed(through)):
+        column = log_weight[:, left]
+        if rng is None:
+            arm = int(np.argmax(column > -np.inf))
+        else:
+            weight = np.exp(column - column.max())
+            arm = int(rng.choice(arms, p=weight / weight.sum()))
         counts[b] = options[arm]
         left -= int(sizes[b] * options[arm])
     return counts

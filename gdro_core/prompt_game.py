@@ -49,7 +49,8 @@ class PromptGDRO:
     the paper's entropy-regularised adversary over bins, applied by importance q_b / p_b, so that the learner really
     optimises sum_b q_b L_b (F9). Either way a bin's weight depends on past batches only, never on what else is in
     the present one; its mean over prompts drawn with shares p is 1 while no weight is capped. S is debiased by its
-    accumulated weight, so a bin starts at its first payoff; a bin never observed takes the mean score of the others.
+    accumulated weight, so a bin starts at its first payoff; a bin never observed is interpolated linearly between its
+    nearest observed neighbours (bins are ordered), so that its first prompts are not taken for average ones.
 
     With `weighting="published"`: w_b = min(e^{eta S_b}, max_weight) unnormalised (Eq. 16), S_0 = 0 without debiasing,
     r uniform; `share_normalised` divides l_b by the bin's share in the batch, floored at 0.01.
@@ -111,8 +112,8 @@ class PromptGDRO:
         known = self._score_weight > 0
         if not known.any():
             return np.zeros(self.num_bins)
-        scores = np.divide(self._score, self._score_weight, where=known, out=np.zeros(self.num_bins))
-        return np.where(known, scores, scores[known].mean())
+        bins = np.arange(self.num_bins)
+        return np.interp(bins, bins[known], self._score[known] / self._score_weight[known])
 
     @property
     def share(self) -> Floats:

@@ -45,8 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     train.add_argument("preset", help=f"one of {', '.join(preset_names())}, or a .toml file")
     train.add_argument("--out", type=Path, help="run directory [default runs/PRESET-CONTROLLER]")
-    train.add_argument("--resume", action="store_true", help="continue from the last checkpoint, if there is one")
-    train.add_argument("--fresh", action="store_true", help="delete an earlier run in --out and start over")
+    existing = train.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="continue from the last checkpoint, if there is one")
+    existing.add_argument("--fresh", action="store_true", help="delete an earlier run in --out and start over")
     add_options(train)
 
     report = subparsers.add_parser(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import tomllib
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -88,12 +89,16 @@ class Config:
             value, choices = getattr(self, spec.name), spec.metadata["choices"]
             if choices and value not in choices:
                 raise UsageError(f"{spec.name} must be one of {', '.join(choices)}, got {value!r}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UsageError(f"{spec.name} must be a finite number, got {value!r}")
         for name, low in _LOWEST.items():
             if getattr(self, name) < low:
                 raise UsageError(f"{name} must be at least {low}, got {getattr(self, name)!r}")
         for name in ("learning_rate", "temperature", "grad_clip"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} must be above 0, got {getattr(self, name)!r}")
+        if not self.adam_beta2 < 1:
+            raise UsageError(f"adam_beta2 must be below 1, got {self.adam_beta2!r}")
         if not self.min_rollouts <= self.mean_rollouts <= self.max_rollouts:
             raise UsageError(
                 "rollouts must satisfy min_rollouts <= mean_rollouts <= max_rollouts, "
@@ -148,7 +153,7 @@ def load_preset(name: str) -> dict[str, Any]:
         raise UsageError(f"no preset {name!r}: choose one of {', '.join(preset_names())}, or give a .toml file")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # not TOML, or not even text
         raise UsageError(f"{path} is not valid TOML: {error}") from error
     types = get_type_hints(Config)
     for key, value in values.items():

@@ -43,7 +43,10 @@ def load_problems(config: Config) -> tuple[list[Problem], list[Problem]]:
         )
         leaked = {p.prompt for p in train} & {p.prompt for p in test}
         if leaked:
-            raise UsageError(f"{len(leaked)} problems of test_data stand in data too, for example {min(leaked)[:80]!r}")
+            raise UsageError(
+                f"{len(leaked)} problems of test_data stand in data too, for example {min(leaked)[:80]!r}; "
+                "remove them from one of the files"
+            )
     if len(train) < config.batch_size:
         raise UsageError(
             f"batch_size must be at most the {len(train)} problems of {config.data}, got {config.batch_size}"
@@ -64,19 +67,19 @@ def read_jsonl(path: Path, template: str = "{problem}") -> list[Problem]:
     if not path.is_file():
         raise UsageError(f"no data file {str(path)!r}; data is 'cells', 'ladder' or a .jsonl file")
     found: dict[str, Problem] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):  # problems may hold other line separators
         if not line.strip():
             continue
         where = f"{path}, line {number}"
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{where}: not JSON ({error.msg})") from error
-        if not isinstance(row, dict) or not str(row.get("problem", "")).strip():
+            row = json.loads(line, parse_constant=_refuse)
+        except ValueError as error:
+            raise UsageError(f"{where}: not JSON ({error})") from error
+        text = row.get("problem") if isinstance(row, dict) else None
+        if not isinstance(text, str) or not text.strip():
             raise UsageError(f"{where}: needs a JSON object with a text 'problem'")
-        if row.get("answer") is None or not str(row["answer"]).strip():
-            raise UsageError(f"{where}: needs an 'answer'; a problem without one cannot be graded")
-        text = str(row["problem"])
+        if not isinstance(row.get("answer"), str | int | float) or not str(row["answer"]).strip():
+            raise UsageError(f"{where}: needs an 'answer', text or number; a problem without one cannot be graded")
         name = str(row.get("id") or f"{path.stem}/{hashlib.sha256(text.encode()).hexdigest()[:16]}")
         if name in found:
             raise UsageError(f"{where}: the id {name!r} stands twice; ids must be unique")
@@ -90,6 +93,10 @@ def read_jsonl(path: Path, template: str = "{problem}") -> list[Problem]:
     if not found:
         raise UsageError(f"{path} holds no problems")
     return list(found.values())
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON value")
 
 
 def batch_indices(size: int, batch_size: int, step: int, seed: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from gdro_llm.sampling import sample
 
 
 def evaluate(policy: Policy, problems: Sequence[Problem], config: Config) -> dict[str, Any]:
-    """Sample `eval_samples` completions a problem; where accepted completions are listed, the exact rates too.
+    """Sample `eval_samples` completions a problem; where all that is graded correct is listed, the exact rates too.
 
     The draws depend on the seed only, so that runs are compared on common random numbers.
 
@@ -34,7 +34,7 @@ def evaluate(policy: Policy, problems: Sequence[Problem], config: Config) -> dic
         owner, [grade(problems[p], text) for p, text in zip(owner.tolist(), rollouts.texts, strict=True)]
     )
     columns = {f"mean@{k}": correct / k, f"pass@{k}": pass_at_k(correct, counts, k)}
-    if all(problem.accepted for problem in problems):
+    if config.grader == "exact" and not config.stop and all(problem.accepted for problem in problems):
         accepted = [problem.accepted for problem in problems]
         p = success_probability(policy, prompts, accepted, config.sample_rows).numpy()
         columns |= {f"exact_mean@{k}": p, f"exact_pass@{k}": 1.0 - (1.0 - p) ** k}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from decimal import Decimal
 
 from gdro_llm.data import Problem
 
@@ -27,9 +28,9 @@ def grade_math(problem: Problem, completion: str) -> float:
     return float(verify(gold, parse(completion)))
 
 
-def _as_number(text: str) -> float | None:
-    text = text.strip().rstrip(".").replace(",", "")
-    return float(text) if re.fullmatch(r"[+-]?\d+(\.\d+)?", text) else None
+def _as_number(text: str) -> Decimal | None:
+    found = re.fullmatch(r"([+-]?(?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d+)?)\.?", text.strip(), re.ASCII)
+    return Decimal(found[1].replace(",", "")) if found else None
 
 
 GRADERS: dict[str, Callable[[Problem, str], float]] = {

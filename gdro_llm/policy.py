@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gdro_llm.config import Config, UsageError
@@ -57,9 +58,21 @@ def load_policy(config: Config, folder: Path | None = None) -> Policy:
     device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, config.dtype))
-    except OSError as error:
-        raise UsageError(f"cannot load model {config.model!r}: {str(error).splitlines()[0]}") from error
+        model: Any
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source, dtype=getattr(torch, config.dtype), output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UsageError(
+            f"cannot load model {config.model!r} ({str(error).splitlines()[0]}); "
+            "--model takes a folder with a causal language model and its tokenizer, or a hub name within reach"
+        ) from error
+    if found["missing_keys"]:  # transformers would go on with random numbers
+        raise UsageError(f"model {config.model!r} lacks weights, for example {min(found['missing_keys'])}")
+    if not tokenizer.encode("1", add_special_tokens=False):  # transformers makes an empty one up
+        raise UsageError(f"model {config.model!r} has no tokenizer files")
+    if tokenizer.eos_token_id is None:
+        raise UsageError(f"the tokenizer of model {config.model!r} names no end token (eos_token)")
     model.to(device).eval()  # no dropout: ratios compare the policy with itself
     if config.trainable_layers:
         blocks = model.model.layers
@@ -73,7 +86,10 @@ def load_policy(config: Config, folder: Path | None = None) -> Policy:
     stop = {tokenizer.eos_token_id}
     if config.stop:
         texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-        stop |= {i for i, text in enumerate(texts) if config.stop in text}
+        holding = {i for i, text in enumerate(texts) if config.stop in text}
+        if not holding:
+            raise UsageError(f"stop must be held by some token of the model, got {config.stop!r}")
+        stop |= holding
     return Policy(model, tokenizer, torch.tensor(sorted(stop), device=device), config.temperature)
 
 

@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from gdro_core import GDROController
-from gdro_llm.checkpoint import append, load_state, open_run, save_checkpoint
+from gdro_llm.checkpoint import append, find_checkpoint, load_state, open_run, save_checkpoint
 from gdro_llm.config import Config, UsageError
 from gdro_llm.data import Problem, batch_indices, load_problems
 from gdro_llm.evaluation import evaluate
@@ -39,8 +39,9 @@ def train(config: Config, out: Path, *, resume: bool = False, fresh: bool = Fals
     """Train one policy and leave a run directory in `out`; see `gdro train --help`."""
     controller = build_controller(config)
     train_problems, test_problems = load_problems(config)
-    checkpoint = open_run(out, config, resume=resume, fresh=fresh)
+    checkpoint = find_checkpoint(out, config, resume=resume, fresh=fresh)
     policy = load_policy(config, checkpoint)
+    open_run(out, config, checkpoint, fresh=fresh)  # after all that can be refused: a mistake leaves nothing behind
     trainable = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         trainable, lr=config.learning_rate, betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay
@@ -175,13 +176,14 @@ def update(
             with torch.no_grad():
                 prompt_losses = token_losses.sum(-1) / mask.sum(-1) / scale[rows]
                 np.add.at(losses_P, owner_R[rows].cpu().numpy(), prompt_losses.double().cpu().numpy())
-                gap = (logprobs - old) * mask
-                unclipped = -(gap.exp() * steered[:, None]) * mask
-                sums["clipped"] += (token_losses != unclipped).sum().item()
+                gap = ((logprobs - old) * mask).double()  # log of the probability ratio
+                over = (steered[:, None] > 0) & (gap.exp() > 1 + config.clip_high)
+                under = (steered[:, None] < 0) & (gap.exp() < 1 - config.clip_low)
+                sums["clipped"] += (over | under).sum().item()
                 sums["loss"] += loss.item()
                 sums["tokens"] += mask.sum().item()
                 if first == 0:  # before the first step of the batch both should be the same policy
-                    sums["kl"] += ((gap.exp() - 1 - gap) * mask).sum().item()
+                    sums["kl"] += (gap.expm1() - gap).sum().item()
                     sums["first_tokens"] += mask.sum().item()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         sums["grad_norm"] += torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip).item()

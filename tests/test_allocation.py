@@ -273,6 +273,15 @@ def test_optimal_allocations_are_drawn_uniformly(table, size, budget):
     assert tuple((first - 1).tolist()) == choices[0]
 
 
+def test_many_tied_bins_do_not_overflow():
+    """The number of optimal allocations of 300 bins exceeds any float; the draw is still uniform: mean count 7."""
+    tied = {"utility": np.zeros((300, 11)), "size": np.ones(300), "budget": 2100, "min_rollouts": 2}
+    counts = exact_budget_allocation(**tied, rng=np.random.default_rng(0))
+    assert counts.sum() == 2100
+    assert np.ptp([counts[:150].mean(), counts[150:].mean()]) < 1
+    assert exact_budget_allocation(**tied).tolist() == [2] * 150 + [12] * 150
+
+
 def test_greedy_ties_are_fair_and_reproducible():
     """Six equal prompts share two extra rollouts: each gets one in a third of the seeds; without rng the first win."""
     table = np.tile([0.0, 1.0, 1.5], (6, 1))

@@ -131,6 +131,7 @@ def test_the_seed_and_the_step_decide_ties():
         return [plan.counts.tolist() for plan in plans]
 
     assert count(0) == count(0)
+    assert len(set(map(tuple, count(0)))) > 1
     assert len({tuple(c) for seed in range(4) for c in count(seed)}) > 3  # of the 5 that are feasible
 
 
@@ -219,6 +220,22 @@ def test_owner_maps_flat_rows_to_prompts():
     assert len(set(plan.counts)) > 1
     np.testing.assert_array_equal(np.bincount(plan.owner), plan.counts)
     assert (np.diff(plan.owner) >= 0).all()
+
+
+def test_published_has_the_papers_hyper_parameters():
+    """Appendix A, read back from the parts."""
+    controller = GDROController.published(4, rollout=True)
+    state = controller.state_dict()
+    for part, expected in {
+        "classifier": {"statistic": "any", "window": 100, "hysteresis": 0.03},
+        "prompt": {"payoff": "surrogate", "step_size": 0.65, "ema": 0.12, "exploration": 0.01, "max_weight": 15.0},
+        "rollout": {"min_rollouts": 2, "max_rollouts": 12, "step_size": 0.65, "exploration": 0.01, "ema": 0.4},
+    }.items():
+        assert expected.items() <= state[part].items()
+    assert state["prompt"]["share_normalised"]
+    assert controller.rollout.shadow_price.step_size == 0.05
+    assert GDROController.published(4, prompt=False, rollout=True).classifier.window == 50
+    assert not controller.joint
 
 
 def test_recommended_play_leans_to_hard_prompts():

@@ -1,10 +1,12 @@
 """A random Qwen3 small enough for exact comparisons, in a folder as users have them, and ways to run it."""
 
+import json
 import os
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import numpy as np
 import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -13,6 +15,7 @@ from transformers.utils import logging
 from gdro_llm.cells import character_tokenizer
 from gdro_llm.config import Config
 from gdro_llm.policy import EMBEDDED, Policy, load_policy
+from gdro_llm.sampling import sample
 
 torch.set_num_threads(1)  # more threads spin against each other on models this small
 logging.disable_progress_bar()
@@ -42,7 +45,7 @@ def tiny_model(tmp_path_factory) -> Path:
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2:
                 parameter *= 15.0 if "proj" in name else 10.0
-        model.lm_head.weight[tokenizer.eos_token_id] *= 2.0  # ends come early enough to be ragged
+        model.lm_head.weight[tokenizer.eos_token_id] *= 4.0  # in some contexts the end is likely: ragged completions
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -63,6 +66,34 @@ def tiny_config(tiny_model):
 def tiny(tiny_config) -> Policy:
     """The tiny policy at temperature 1, fresh."""
     return load_policy(tiny_config())
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tiny_model, tmp_path_factory) -> dict[str, str]:
+    """Training and test files whose answers are single tokens that the tiny model does produce: rewards are mixed."""
+    policy = load_policy(Config(model=str(tiny_model), threads=1, device="cpu"))
+    prompts = [f"{a}*{b}=" for a in range(1, 10) for b in range(1, 10)]
+    drawn = sample(policy, prompts, np.ones(len(prompts), int), 1, seed=0, rows=100)
+    rows = [
+        {"id": f"tiny/{prompt}", "problem": prompt, "answer": text, "level": f"level {len(text) + i % 2}"}
+        for i, (prompt, text) in enumerate(zip(prompts, drawn.texts, strict=True))
+        if text.strip()
+    ]
+    folder = tmp_path_factory.mktemp("data")
+    for name, part in (("train", rows[:40]), ("test", rows[40:60])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
+    return {"data": str(folder / "train.jsonl"), "test_data": str(folder / "test.jsonl")}
+
+
+@pytest.fixture
+def run_config(tiny_config, tiny_data):
+    """Config of a run that takes a second: 6 steps, checkpoints at 2, 4 and 6, evaluations at 0, 3 and 6."""
+
+    def build(**overrides) -> Config:
+        values = {"steps": 6, "eval_every": 3, "save_every": 2, "batch_size": 8, "max_new_tokens": 1, "eval_samples": 4}
+        return tiny_config(**{**tiny_data, **values, **overrides})
+
+    return build
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,71 @@
+"""Slow, literal versions of what gdro_llm computes: one sequence at a time, no cache, no padding, one token at a time."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from gdro_llm.policy import Policy
+
+PROMPTS = ["12+3=", "s5=", "M12,40,7=", "7*8=", "d123="]  # lengths 3 to 9
+
+
+def token_ids(policy: Policy, text: str) -> list[int]:
+    return policy.tokenizer.encode(text, add_special_tokens=False)
+
+
+def logprobs_of(policy: Policy, prompt: str, completion: list[int]) -> torch.Tensor:
+    """Log-probability of each completion token from one plain forward pass."""
+    ids = token_ids(policy, prompt)
+    logits = policy.model(torch.tensor([ids + completion]), use_cache=False).logits[0]
+    found = []
+    for t, token in enumerate(completion):
+        scaled = logits[len(ids) + t - 1].double() / policy.temperature
+        found.append(scaled[token] - torch.logsumexp(scaled, 0))
+    return torch.stack(found)
+
+
+def rows(tokens_R_T: torch.Tensor, mask_R_T: torch.Tensor) -> list[list[int]]:
+    """Completions as lists without padding."""
+    return [row[: int(mask.sum())] for row, mask in zip(tokens_R_T.tolist(), mask_R_T, strict=True)]
+
+
+def pad(completions: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(map(len, completions))
+    tokens = torch.tensor([row + [0] * (width - len(row)) for row in completions])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in completions])
+    return tokens, mask
+
+
+def advantages(rewards, owner, scale) -> np.ndarray:
+    found = np.zeros(len(rewards))
+    for i in set(owner.tolist()):
+        group = [r for r, o in zip(rewards, owner, strict=True) if o == i]
+        mean = sum(group) / len(group)
+        std = math.sqrt(sum((r - mean) ** 2 for r in group) / len(group))
+        for j, o in enumerate(owner):
+            if o == i and std > 1e-8:
+                found[j] = (rewards[j] - mean) / (std + 1e-6 if scale else 1.0)
+    return found
+
+
+def surrogate(logprob, old, advantage, low, high):
+    """One token of Eq. 4-5: -min(rho A, clip(rho) A). Works on floats and on 0-dimensional tensors."""
+    ratio = (logprob - old).exp() if isinstance(logprob, torch.Tensor) else math.exp(logprob - old)
+    if advantage >= 0:
+        return -ratio * advantage if ratio <= 1 + high else -(1 + high) * advantage
+    return -ratio * advantage if ratio >= 1 - low else -(1 - low) * advantage
+
+
+def gradients(policy: Policy) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in policy.model.named_parameters() if p.grad is not None}
+
+
+def weights(policy: Policy) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in policy.model.named_parameters()}
+
+
+def read_log(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
