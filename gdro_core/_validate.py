@@ -55,6 +55,8 @@ def integers(name: str, value: ArrayLike, shape: tuple[int, ...], low: int, high
 
 def unique_ids(ids: Sequence[Hashable]) -> list[Hashable]:
     """`ids` as a list, if it is not empty and no id stands twice."""
+    if isinstance(ids, str):
+        raise ValueError(f"ids must be a sequence of ids, got the single string {ids!r}")
     listed = list(ids)
     if not listed:
         raise ValueError("ids must hold at least one id, got none")

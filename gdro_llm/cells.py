@@ -232,8 +232,8 @@ def warm_start_example(rng: random.Random, cell: Cell) -> tuple[str, str]:
     share of ``DIRECT_RIGHT``, or on a hard cell opens with another cell's strategy and is wrong. On an easy cell the
     direct answer is right and every strategy is a trap.
 
-    >>> warm_start_example(random.Random(0), CELLS[0])
-    ('M63,15=', '63')
+    >>> warm_start_example(random.Random(0), CELLS[7])
+    ('59+63!', '?221=122')
     """
     question, answer, scratch = next(cell.examples(rng, "train"))
     if scratch is None:

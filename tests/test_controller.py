@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -274,17 +275,19 @@ def test_bad_input_changes_nothing(make, call, message):
 
 
 def test_a_foreign_plan_is_refused_without_a_trace():
-    """A plan of a controller with finer bins or other arms fails in a game, before any part has learnt."""
-    fine = trained(lambda: GDROController.recommended(4, num_bins=16), 40).plan(IDS)
-    coarse = GDROController.recommended(4, num_bins=5)
-    published = GDROController.published(4, num_bins=16, rollout=True)
-    for controller, call in (
-        (coarse, lambda: coarse.observe(fine, np.ones(160))),
-        (published, lambda: published.observe_losses(fine, np.ones(40))),
+    """A plan with finer bins, or with two counts in one bin, fails in a game before any part has learnt."""
+    coarse, published = GDROController.recommended(4, num_bins=5), GDROController.published(4, rollout=True)
+    for controller, change, call in (
+        (coarse, {"bins": np.array([0, 1, 4, 5])}, lambda plan: coarse.observe(plan, np.ones(16))),
+        (
+            published,
+            {"bins": np.array([0, 0, 1, 1]), "counts": np.array([4, 4, 3, 5])},
+            lambda plan: published.observe_losses(plan, np.ones(4)),
+        ),
     ):
-        before = controller.state_dict()
-        with pytest.raises(ValueError, match=r"bins must hold|counts must be the same"):
-            call()
+        plan, before = replace(controller.plan(IDS[:4]), **change), controller.state_dict()
+        with pytest.raises(ValueError, match=r"bins must hold .*5|counts must be the same .* bin 1"):
+            call(plan)
         assert controller.state_dict() == before
 
 

@@ -106,9 +106,17 @@ def test_scores_and_shares_are_debiased_averages(seed):
             means[b].append(payoff[bins == b].mean())
         if (bins >= 0).any():
             shares.append(np.bincount(bins[bins >= 0], minlength=3) / (bins >= 0).sum())
-    averages = [np.average(m, weights=0.7 ** np.arange(len(m))[::-1]) if m else np.nan for m in means]
-    np.testing.assert_allclose(game.scores, np.where(np.isnan(averages), np.nanmean(averages), averages), rtol=1e-9)
+    seen = [b for b in range(3) if means[b]]
+    averages = [np.average(means[b], weights=0.7 ** np.arange(len(means[b]))[::-1]) for b in seen]
+    np.testing.assert_allclose(game.scores[seen], averages, rtol=1e-9)
     np.testing.assert_allclose(game.share, np.average(shares, axis=0, weights=0.7 ** np.arange(len(shares))[::-1]))
+
+
+def test_a_bin_never_observed_lies_between_its_neighbours():
+    """Linear between the nearest observed bins, and level beyond the last one."""
+    game = PromptGDRO(6)
+    game.observe([1, 4], [1.0, 0.4])
+    np.testing.assert_allclose(game.scores, [1.0, 1.0, 0.8, 0.6, 0.4, 0.4])
 
 
 def test_published_scores_are_the_plain_recursion():

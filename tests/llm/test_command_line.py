@@ -1,0 +1,250 @@
+"""Configuration and command line: each mistake is one line on stderr that names the thing and the remedy, exit code 2."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+
+from gdro_llm.cli import main
+from gdro_llm.config import CONTROLLERS, Config, UsageError, load_preset, preset_names
+
+GOOD = [{"problem": f"{i}+1=", "answer": str(i + 1)} for i in range(10)]
+HELD_OUT = [{"problem": f"{i}+2=", "answer": str(i + 2)} for i in range(4)]
+
+
+def lines(rows) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.fixture
+def refused(tmp_path, tiny_model, capsys):
+    """Run `gdro train` with a .toml file, data files and flags that hold a mistake; the text of its one error line."""
+
+    def run(*flags: str, toml: str = "", train=GOOD, test=HELD_OUT, model=tiny_model) -> str:
+        for name, rows in (("train", train), ("test", test)):
+            content = rows if isinstance(rows, bytes) else (rows if isinstance(rows, str) else lines(rows)).encode()
+            (tmp_path / f"{name}.jsonl").write_bytes(content)
+        (tmp_path / "mine.toml").write_text(f"steps = 1\nbatch_size = 4\nthreads = 1\n{toml}\n", encoding="utf-8")
+        data = ["--data", str(tmp_path / "train.jsonl"), "--test-data", str(tmp_path / "test.jsonl")]
+        command = ["train", str(tmp_path / "mine.toml"), "--model", str(model), "--out", str(tmp_path / "out"), *data]
+        capsys.readouterr()
+        assert main([*command, *flags]) == 2
+        found = capsys.readouterr()
+        assert found.err.startswith("gdro: error: ")
+        assert found.err.count("\n") == 1
+        assert found.out == ""
+        assert not (tmp_path / "out").exists(), "a mistake leaves no run directory"
+        return found.err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("toml", "message"),
+    [
+        ("learning_rat = 0.1", r"mine.toml has the unknown key 'learning_rat'.*gdro train --help"),
+        ("preset = 'x'", r"unknown key 'preset'"),
+        ("minibatches = '2'", r"mine.toml: minibatches must be a int, got '2'"),
+        ("minibatches = 2.0", r"minibatches must be a int, got 2.0"),
+        ("scale_rewards = 1", r"scale_rewards must be a bool, got 1"),
+        ("temperature = true", r"temperature must be a float, got True"),
+        ("[model]\nname = 'x'", r"model must be a str, got \{'name': 'x'\}"),
+        ("temperature = nan", r"temperature must be a finite number, got nan"),
+        ("learning_rate = inf", r"learning_rate must be a finite number, got inf"),
+        ("weight_decay = nan", r"weight_decay must be a finite number, got nan"),
+        ("clip_low = nan", r"clip_low must be a finite number, got nan"),
+        ("adam_beta2 = 1", r"adam_beta2 must be below 1, got 1.0"),
+        ("temperature = 0", r"temperature must be above 0, got 0.0"),
+        ("clip_high = -0.1", r"clip_high must be at least 0.0, got -0.1"),
+        ("min_rollouts = 5", r"min_rollouts <= mean_rollouts <= max_rollouts, got 5 <= 4 <= 12"),
+        ("min_rollouts = 9\nmax_rollouts = 3", r"got 9 <= 4 <= 3"),
+        ("max_rollouts = 3", r"got 2 <= 4 <= 3"),
+        ("minibatches = 3", r"minibatches must divide batch_size = 4, got 3"),
+        ("controller = 'ppo'", r"controller must be one of grpo, recommended,.*got 'ppo'"),
+        ("dtype = 'float16'", r"dtype must be one of float32, bfloat16, got 'float16'"),
+        ("template = 'Q:'", r"template must contain \{problem\}, got 'Q:'"),
+        ("steps 3", r"mine.toml is not valid TOML"),
+        ("trainable_layers = 3", r"trainable_layers must be at most 2, got 3"),
+        ("stop = 'the'", r"stop must be held by some token of the model, got 'the'"),
+        ("device = 'cuda'", r"device is 'cuda', but torch finds no GPU; use --device cpu"),
+    ],
+)
+def test_a_wrong_setting_is_named(refused, toml, message, monkeypatch):
+    """Unknown keys, wrong types, values outside of their range, NaN, contradictions."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert re.search(message, refused(toml=toml))
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"train": GOOD[:1] + [{"problem": "1+1="}]}, r"train.jsonl, line 2: needs an 'answer'"),
+        ({"train": [{"problem": "1+1=", "answer": " "}]}, r"line 1: needs an 'answer'"),
+        ({"train": [{"problem": "1+1=", "answer": None}]}, r"line 1: needs an 'answer'"),
+        ({"train": [{"problem": "1+1=", "answer": []}]}, r"line 1: needs an 'answer'"),
+        ({"train": '{"problem": "1+1=", "answer": NaN}'}, r"line 1: not JSON \(NaN"),
+        ({"train": [{"problem": None, "answer": "2"}]}, r"line 1: needs a JSON object with a text 'problem'"),
+        ({"train": [{"answer": "2"}]}, r"line 1: needs a JSON object with a text 'problem'"),
+        ({"train": "[1, 2]\n"}, r"line 1: needs a JSON object"),
+        ({"train": lines(GOOD[:2]) + '{"problem": "a'}, r"train.jsonl, line 3: not JSON"),
+        ({"train": b'{"problem": "\xff", "answer": "1"}'}, r"line 1: not JSON"),
+        ({"train": [{"id": "a", **row} for row in GOOD]}, r"line 2: the id 'a' stands twice; ids must be unique"),
+        ({"train": [*GOOD, GOOD[0]]}, r"line 11: the id 'train/\w+' stands twice"),
+        ({"train": "\n\n"}, r"train.jsonl holds no problems"),
+        ({"test": ""}, r"test.jsonl holds no problems"),
+        ({"train": GOOD[:3]}, r"batch_size must be at most the 3 problems of .*train.jsonl, got 4"),
+        (
+            {"test": [*HELD_OUT, GOOD[3]]},
+            r"1 problems of test_data stand in data too, for example '3\+1='; remove them",
+        ),
+    ],
+)
+def test_a_mistake_in_a_data_file_is_named_with_its_line(refused, files, message):
+    """Missing answers and problems, broken lines, repeated ids, leaks between the splits."""
+    assert re.search(message, refused(**files))
+
+
+def test_missing_files_and_flags_are_named(refused, tmp_path, capsys):
+    """No such data, no test data, no such preset, an --out that cannot be."""
+    assert "no data file" in refused("--data", str(tmp_path / "none.jsonl"))
+    assert "test_data must name a .jsonl file" in refused("--test-data", "")
+    for name in ("quickstrat", str(tmp_path / "none.toml")):
+        assert main(["train", name]) == 2
+        found = capsys.readouterr().err
+        assert f"no preset {name!r}: choose one of quickstart, smollm2-arith, or give a .toml file" in found
+    (tmp_path / "file").write_text("x")
+    assert "cannot make the run directory" in refused("--out", str(tmp_path / "file" / "run"))
+    assert "choose another --out" in refused("--out", str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: shutil.rmtree(folder), "has no config.json|cannot load model"),
+        (
+            lambda folder: (folder / "config.json").unlink(),
+            "has no config.json; give a Hugging Face folder or a hub name",
+        ),
+        (lambda folder: (folder / "config.json").write_text("{}"), "cannot load model"),
+        (lambda folder: (folder / "config.json").write_text("{"), "cannot load model"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "cannot load model"),
+        (lambda folder: (folder / "model.safetensors").write_text("PK"), "cannot load model"),
+        (lambda folder: [path.unlink() for path in folder.glob("tokenizer*")], "has no tokenizer files"),
+    ],
+    ids=["no-folder", "no-config", "empty-config", "broken-config", "no-weights", "broken-weights", "no-tokenizer"],
+)
+def test_a_model_folder_that_cannot_be_loaded_is_named(refused, tmp_path, tiny_model, spoil, message):
+    """Absent or broken parts; nothing is replaced by random weights or an empty vocabulary."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    spoil(folder)
+    found = refused(model=folder)
+    assert re.search(message, found)
+    assert str(folder) in found
+
+
+def test_missing_weights_are_an_error_and_not_random_numbers(refused, tmp_path, tiny_model):
+    """Transformers would initialise them with a warning only."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "lacks weights, for example model.norm.weight" in refused(model=folder)
+
+
+def test_a_hub_name_out_of_reach_is_one_line(tmp_path):
+    """In a process of its own: no traceback, no warnings of the libraries around it."""
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    command = ["train", "quickstart", "--model", "nobody/nothing", "--out", str(tmp_path / "out")]
+    found = subprocess.run(
+        [sys.executable, "-m", "gdro_llm.cli", *command], env=environment, capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 2
+    assert found.stderr.startswith("gdro: error: cannot load model 'nobody/nothing'")
+    assert "--model takes a folder" in found.stderr
+    assert found.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_shipped_presets_load(name):
+    """And hold a valid configuration that says where it came from."""
+    config = Config(**load_preset(name))
+    assert config.preset == name
+    assert json.loads(config.to_json())["preset"] == name
+
+
+def test_presets_come_before_defaults_and_flags_before_presets(tmp_path, monkeypatch):
+    """`gdro train p.toml --seed 3` is the defaults, then p, then the flags; whole numbers serve as floats."""
+    found = []
+    monkeypatch.setattr("gdro_llm.trainer.train", lambda config, out, **flags: found.append((config, out, flags)))
+    monkeypatch.setattr("gdro_llm.cli._report", lambda *arguments: None)
+    (tmp_path / "p.toml").write_text("seed = 2\ntemperature = 2\nmean_rollouts = 5\nscale_rewards = false\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "p.toml", "--seed", "3", "--controller", "grpo", "--resume"]) == 0
+    config, out, flags = found[0]
+    assert config == Config(
+        preset="p", seed=3, temperature=2.0, mean_rollouts=5, scale_rewards=False, controller="grpo"
+    )
+    assert type(config.temperature) is float
+    assert str(out) == os.path.join("runs", "p-grpo")
+    assert flags == {"resume": True, "fresh": False}
+
+
+def test_the_help_names_every_key_preset_and_controller(capsys):
+    """And prints: no stray % in a help text."""
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    for spec in fields(Config):
+        if spec.name != "preset":
+            assert f"--{spec.name.replace('_', '-')}" in text
+    for name in (*preset_names(), *CONTROLLERS):
+        assert name in text
+
+
+@pytest.mark.parametrize("flags", [["--sed", "1"], ["--seed", "one"], ["--controller", "ppo"], ["--resume", "--fresh"]])
+def test_flags_that_argparse_refuses_end_with_code_2_too(flags, capsys):
+    """Unknown flags, wrong types, unknown choices, and --resume with --fresh."""
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "quickstart", *flags])
+    assert stopped.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_report_of_what_is_no_run_is_refused(tmp_path, capsys):
+    """One line, exit code 2."""
+    assert main(["report", str(tmp_path)]) == 2
+    found = capsys.readouterr().err
+    assert found.startswith("gdro: error: ")
+    assert found.count("\n") == 1
+
+
+def test_presets_lists_every_preset(capsys):
+    """With its settings."""
+    assert main(["presets"]) == 0
+    text = capsys.readouterr().out
+    for name in preset_names():
+        assert f"# {name}\n" in text
+    assert "learning_rate = 5e-5" in text
+
+
+@pytest.mark.parametrize("name", [spec.name for spec in fields(Config) if spec.type == "float"])
+def test_no_float_setting_takes_nan(name):
+    """NaN passes every comparison written the wrong way round."""
+    with pytest.raises(UsageError, match=f"{name} must be a finite number, got nan"):
+        Config(**{name: float("nan")})
