@@ -12,7 +12,7 @@ A model is brought there by supervised examples (``warm_start_example``). The co
 for the scratch work: it teaches the skill while the propensity to use it stays rare.
 
 At most two completions of a problem are graded correct, so its success probability is a sum of two products of token
-probabilities: mean@k and pass@k follow without sampling noise (``warm_start.exact_pass_rates``).
+probabilities: mean@k and pass@k follow without sampling noise (``policy.success_probability``).
 """
 
 from __future__ import annotations
@@ -175,7 +175,8 @@ CELLS: tuple[Cell, ...] = (
 
 def split_of(question: str) -> Split:
     """The split of a question, from its content alone: 6/8 train, 1/8 validation, 1/8 test."""
-    return {0: "test", 1: "validation"}.get(zlib.crc32(question.encode()) % 8, "train")
+    splits: dict[int, Split] = {0: "test", 1: "validation"}
+    return splits.get(zlib.crc32(question.encode()) % 8, "train")
 
 
 def cell_problems(split: Split, per_level: dict[str, int], seed: int) -> list[Problem]:
@@ -195,9 +196,10 @@ def cell_problems(split: Split, per_level: dict[str, int], seed: int) -> list[Pr
         raise ValueError(f"split must be 'train', 'validation' or 'test', got {split!r}")
     if unknown := set(per_level) - set(LEVELS):
         raise ValueError(f"per_level must name levels among {LEVELS}, got {sorted(unknown)}")
-    problems = []
+    problems: list[Problem] = []
     for cell in CELLS:
-        wanted, found = per_level.get(cell.level, 0), {}
+        wanted = per_level.get(cell.level, 0)
+        found: dict[str, Problem] = {}
         draws = cell.examples(random.Random(f"{seed}/{cell.name}"), split)
         for _ in range(60 * wanted):
             if len(found) == wanted:

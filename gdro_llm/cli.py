@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     warm_start = subparsers.add_parser("warm-start", help="make the shipped warm-started weights of a preset again")
     warm_start.add_argument("preset", choices=["quickstart"])
     warm_start.add_argument("--out", type=Path, default=Path("runs/warm-start"), help="folder to write [%(default)s]")
-    warm_start.add_argument("--seed", type=int, default=0, help="decides weights and examples [%(default)s]")
+    warm_start.add_argument("--seed", type=int, default=1, help="1 makes the shipped weights [%(default)s]")
 
     arguments = vars(parser.parse_args(argv))
     command = arguments.pop("command")

@@ -21,7 +21,10 @@ def grade_number(problem: Problem, completion: str) -> float:
 
 
 def grade_math(problem: Problem, completion: str) -> float:
-    """math-verify finds the gold answer in the completion (LaTeX, fractions, sets; the last \\boxed{} counts)."""
+    """math-verify finds the gold answer in the completion (LaTeX, fractions, sets).
+
+    Of several \\boxed{} the last counts; where they stand close together ("\\boxed{1} or \\boxed{2}") they are one set.
+    """
     from math_verify import parse, verify
 
     gold = parse(f"${problem.answer}$")

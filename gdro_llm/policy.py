@@ -58,8 +58,7 @@ def load_policy(config: Config, folder: Path | None = None) -> Policy:
     device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
-        model: Any
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=getattr(torch, config.dtype), output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -67,6 +66,7 @@ def load_policy(config: Config, folder: Path | None = None) -> Policy:
             f"cannot load model {config.model!r} ({str(error).splitlines()[0]}); "
             "--model takes a folder with a causal language model and its tokenizer, or a hub name within reach"
         ) from error
+    model, found = loaded
     if found["missing_keys"]:  # transformers would go on with random numbers
         raise UsageError(f"model {config.model!r} lacks weights, for example {min(found['missing_keys'])}")
     if not tokenizer.encode("1", add_special_tokens=False):  # transformers makes an empty one up

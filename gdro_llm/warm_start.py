@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -31,6 +32,7 @@ from gdro_llm.cells import (
     warm_start_example,
 )
 from gdro_llm.data import Problem
+from gdro_llm.policy import Policy, success_probability
 
 IGNORED = -100  # label of the positions that carry no loss
 CELL_WEIGHTS = {"easy": 1.0, "middle": 1.3, "hard": 1.6}  # how often the warm start visits a cell
@@ -97,52 +99,20 @@ def pad_right(
     return ids, labels
 
 
-@torch.no_grad()
-def completion_probabilities(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs: Sequence[tuple[str, str]], batch: int = 512
-) -> torch.Tensor:
-    """P(completion, end | prompt) of every (prompt, completion), by teacher forcing."""
-    chunks = []
-    for start in range(0, len(pairs), batch):
-        ids, labels = pad_right(tokenizer, pairs[start : start + batch])
-        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-        negative_log_p = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="none")
-        chunks.append((-negative_log_p.double().sum(1)).exp())
-    return torch.cat(chunks)
+def level_table(policy: Policy, problems: Sequence[Problem]) -> str:
+    """Exact mean@8, pass@8 and the skill (success when "!" demands the scratch work) by level, as text."""
 
+    def success(prompts: list[str], accepted: list[tuple[str, ...]]) -> np.ndarray:
+        return success_probability(policy, prompts, accepted, rows=512).numpy()
 
-def exact_pass_rates(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem]
-) -> torch.Tensor:
-    r"""Success probability of each problem, p = sum of P(completion, end | prompt) over ``Problem.accepted``.
-
-    Exact where ``accepted`` lists every completion graded correct, at temperature one: mean@k is the mean of p, pass@k
-    the mean of 1 - (1 - p)^k.
-    """
-    pairs = [(problem.prompt, completion) for problem in problems for completion in problem.accepted]
-    owners = torch.tensor([i for i, problem in enumerate(problems) for _ in problem.accepted])
-    rates = torch.zeros(len(problems), dtype=torch.double)
-    return rates.index_add_(0, owners, completion_probabilities(model, tokenizer, pairs)).clamp_(0.0, 1.0)
-
-
-def forced_skill(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem]
-) -> torch.Tensor:
-    """Success probability of each problem when the scratch work is demanded; the problems must have scratch work."""
-    pairs = [(problem.prompt[:-1] + FORCE, problem.accepted[1]) for problem in problems]
-    return completion_probabilities(model, tokenizer, pairs)
-
-
-def level_table(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem]) -> str:
-    """Exact mean@8, pass@8 and forced skill by level, as text."""
-    rates = exact_pass_rates(model, tokenizer, problems)
+    p = success([x.prompt for x in problems], [x.accepted for x in problems])
+    forced = success([x.prompt[:-1] + FORCE for x in problems], [x.accepted[1:] for x in problems])
+    has_skill = np.array([len(x.accepted) > 1 for x in problems])
     lines = [f"{'level':8}{'problems':>9}{'mean@8':>9}{'pass@8':>9}{'skill(!)':>9}"]
     for level in (*LEVELS, "all"):
-        rows = [i for i, problem in enumerate(problems) if level in (problem.level, "all")]
-        p = rates[rows]
-        scratch = [problems[i] for i in rows if len(problems[i].accepted) > 1]
-        skill = f"{forced_skill(model, tokenizer, scratch).mean():9.3f}" if scratch else f"{'-':>9}"
-        lines.append(f"{level:8}{len(rows):9d}{p.mean():9.3f}{(1 - (1 - p) ** 8).mean():9.3f}{skill}")
+        rows = np.array([level in (x.level, "all") for x in problems])
+        skill = f"{forced[rows & has_skill].mean():9.3f}" if (rows & has_skill).any() else f"{'-':>9}"
+        lines.append(f"{level:8}{rows.sum():9d}{p[rows].mean():9.3f}{(1 - (1 - p[rows]) ** 8).mean():9.3f}{skill}")
     return "\n".join(lines)
 
 
@@ -214,4 +184,5 @@ def warm_start(out_dir: Path, seed: int = 1, steps: int = 1300, fine_tune_steps:
     _train(model, tokenizer, rng, fine_tune_steps, batch, 0.5, "fine-tune")
     model.eval()
     _save_atomically(model, tokenizer, out_dir)
-    print(level_table(model, tokenizer, cell_problems("test", dict.fromkeys(LEVELS, 40), seed=0)))
+    policy = Policy(model, tokenizer, stop_ids=torch.tensor([tokenizer.eos_token_id]), temperature=1.0)
+    print(level_table(policy, cell_problems("test", dict.fromkeys(LEVELS, 40), seed=8)))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from importlib.resources import files
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -16,11 +15,12 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from gdro_llm import cells, warm_start  # noqa: E402
+from gdro_llm.config import Config  # noqa: E402
+from gdro_llm.policy import load_policy, success_probability  # noqa: E402
 
 TOKENIZER = cells.character_tokenizer()
 CHARACTERS = "".join(token for token in TOKENIZER.get_vocab() if len(token) == 1)
 SPLITS = ("train", "validation", "test")
-ASSET = Path(str(files("gdro_llm") / "assets" / "quickstart"))
 
 
 def evaluate(question: str) -> str:
@@ -42,8 +42,12 @@ def problems():
 @pytest.fixture(scope="module")
 def shipped():
     torch.set_num_threads(1)  # so small a model is not faster with more, and far slower on a busy machine
-    model = transformers.AutoModelForCausalLM.from_pretrained(ASSET)
-    return model.eval(), transformers.AutoTokenizer.from_pretrained(ASSET)
+    return load_policy(Config())
+
+
+def exact(policy, problems):
+    prompts, accepted = [p.prompt for p in problems], [p.accepted for p in problems]
+    return success_probability(policy, prompts, accepted, rows=512)
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -189,28 +193,27 @@ def test_warm_start_refuses_empty_training(tmp_path, name):
 
 
 def test_shipped_tokenizer_is_the_one_in_the_code(shipped):
-    _, tokenizer = shipped
-    assert tokenizer.get_vocab() == TOKENIZER.get_vocab()
+    assert shipped.tokenizer.get_vocab() == TOKENIZER.get_vocab()
 
 
 def test_shipped_warm_start_has_the_stated_heavy_tail(shipped, problems):
     """Easy cells mostly solved, middle ones sometimes, hard ones almost never, although the skill is there."""
-    model, tokenizer = shipped
     test = problems["test"]
-    rates = warm_start.exact_pass_rates(model, tokenizer, test)
+    rates = exact(shipped, test)
     mean = {level: rates[[p.level == level for p in test]].mean().item() for level in cells.LEVELS}
     assert 0.60 < mean["easy"] < 0.85
     assert 0.15 < mean["middle"] < 0.50
     assert 0.005 < mean["hard"] < 0.05
     hard = [p for p in test if p.level == "hard"]
-    assert warm_start.forced_skill(model, tokenizer, hard).mean() > 0.6
+    forced = [replace(p, prompt=p.prompt[:-1] + cells.FORCE, accepted=p.accepted[1:]) for p in hard]
+    assert exact(shipped, forced).mean() > 0.6
 
 
 def test_exact_pass_rates_agree_with_sampled_ones(shipped, problems):
-    """Sampling from left-padded prompts, as training does, succeeds as often as teacher forcing says."""
-    model, tokenizer = shipped
+    """transformers' own `generate`, from left-padded prompts, succeeds as often as teacher forcing says."""
+    model, tokenizer = shipped.model, shipped.tokenizer
     some = problems["test"][::100]
-    rates = warm_start.exact_pass_rates(model, tokenizer, some)
+    rates = exact(shipped, some)
     torch.manual_seed(0)
     inputs = tokenizer([p.prompt for p in some], padding=True, return_tensors="pt")
     samples, prompt_length = 200, inputs.input_ids.shape[1]
@@ -227,7 +230,7 @@ def test_exact_pass_rates_agree_with_sampled_ones(shipped, problems):
 
 
 def test_logits_do_not_depend_on_left_padding(shipped):
-    model, tokenizer = shipped
+    model, tokenizer = shipped.model, shipped.tokenizer
     plain = tokenizer("12+3=", return_tensors="pt")
     padded = tokenizer(["12+3=", "1+2+3+4+5="], padding=True, return_tensors="pt")
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Slow, literal versions of what gdro_llm computes: one sequence at a time, no cache, no padding, one token at a time."""
+"""Slow, literal versions of what gdro_llm computes: one sequence and one token at a time, no cache, no padding."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Configuration and command line: each mistake is one line on stderr that names the thing and the remedy, exit code 2."""
+"""Configuration and command line: a mistake is one line on stderr that names the thing and the remedy, exit code 2."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from dataclasses import fields
 import pytest
 
 from gdro_llm.cli import main
-from gdro_llm.config import CONTROLLERS, Config, UsageError, load_preset, preset_names
+from gdro_llm.config import CONTROLLERS, PRESETS, Config, UsageError, load_preset, preset_names
 
 GOOD = [{"problem": f"{i}+1=", "answer": str(i + 1)} for i in range(10)]
 HELD_OUT = [{"problem": f"{i}+2=", "answer": str(i + 2)} for i in range(4)]
@@ -83,7 +83,7 @@ def test_a_wrong_setting_is_named(refused, toml, message, monkeypatch):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"train": GOOD[:1] + [{"problem": "1+1="}]}, r"train.jsonl, line 2: needs an 'answer'"),
+        ({"train": [*GOOD[:1], {"problem": "1+1="}]}, r"train.jsonl, line 2: needs an 'answer'"),
         ({"train": [{"problem": "1+1=", "answer": " "}]}, r"line 1: needs an 'answer'"),
         ({"train": [{"problem": "1+1=", "answer": None}]}, r"line 1: needs an 'answer'"),
         ({"train": [{"problem": "1+1=", "answer": []}]}, r"line 1: needs an 'answer'"),
@@ -239,8 +239,7 @@ def test_presets_lists_every_preset(capsys):
     assert main(["presets"]) == 0
     text = capsys.readouterr().out
     for name in preset_names():
-        assert f"# {name}\n" in text
-    assert "learning_rate = 5e-5" in text
+        assert f"# {name}\n{(PRESETS / f'{name}.toml').read_text(encoding='utf-8')}" in text
 
 
 @pytest.mark.parametrize("name", [spec.name for spec in fields(Config) if spec.type == "float"])

@@ -56,7 +56,7 @@ def test_scaling_divides_by_the_population_deviation():
 
 @pytest.mark.parametrize("aggregation", ["prompt", "rollout"])
 def test_total_pull_of_a_prompt(aggregation):
-    """Sum of a prompt's factors: n_bar w_i by prompt, n_i w_i by rollout; the batch's total of n_bar N is kept at w = 1."""
+    """Sum of a prompt's factors: n_bar w_i or n_i w_i; at w = 1 the batch's total is n_bar N either way."""
     counts, weights = np.array([2, 7, 3, 4]), np.array([0.5, 2.0, 1.0, 0.1])
     owner = np.random.default_rng(0).permutation(np.repeat(np.arange(4), counts))
     factors = rollout_scale(weights, counts, owner, aggregation)
@@ -85,7 +85,7 @@ def test_surrogate_and_its_gradient_equal_a_loop_over_tokens():
 
 @pytest.mark.parametrize("advantage", [2.0, -2.0])
 def test_gradient_is_policy_gradient_at_ratio_one_and_stops_on_one_side_only(advantage):
-    """-A grad log p at ratio 1; a good token stops above 1 + high, a bad one below 1 - low, never the other way round."""
+    """-A grad log p at ratio 1; a good token stops above 1 + high only, a bad one below 1 - low only."""
     ratios = torch.tensor([1.0, 1.27, 1.29, 0.81, 0.79, 5.0, 0.1])
     new = ratios.log()[None].requires_grad_()
     losses = clipped_surrogate(new, torch.zeros(1, 7), torch.tensor([advantage]), 0.2, 0.28)

@@ -97,7 +97,7 @@ def die() -> None:
 
 
 def die_at(module, name: str, call: int, first=lambda *args: None) -> None:
-    """From now on the `call`-th call (0, 1, ...) of module.name does `first` with its arguments and kills the process."""
+    """The `call`-th call (0, 1, ...) of module.name does `first` with its arguments, then kills the process."""
     original, calls = getattr(module, name), iter(range(10**9))
 
     def wrapped(*args, **kwargs):
@@ -110,7 +110,7 @@ def die_at(module, name: str, call: int, first=lambda *args: None) -> None:
 
 
 def fork_and_die(config, out: Path, sabotage=lambda: None, after: float | None = None, resume: bool = True) -> int:
-    """Train in a child that is killed by its own sabotage or by us `after` seconds; the signal that ended it (0: none)."""
+    """Train in a child that is killed by its sabotage or `after` seconds; the signal that ended it (0: none)."""
     child = os.fork()
     if child == 0:
         try:
@@ -200,8 +200,8 @@ def test_a_run_killed_again_and_again_equals_an_uninterrupted_one(run_config, fi
 
 
 def test_the_command_killed_and_resumed_equals_an_uninterrupted_one(run_config, finished, tmp_path):
-    """`gdro train` in its own process, SIGKILLed while it trains, then `gdro train --resume`: the same logs and weights,
-    and a report."""
+    """`gdro train` in its own process, SIGKILLed while it trains, then with --resume: the same logs and
+    weights, and a report."""
     config = json.loads(run_config().to_json())
     preset = tmp_path / "mine.toml"
     lines = [f"{k} = {json.dumps(v)}" for k, v in config.items() if k != "preset" and v != ""]

@@ -31,8 +31,8 @@ def test_logprobs_of_the_sampler_equal_a_plain_forward_pass(policy):
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 16, 100])
 def test_rows_texts_and_flags(tiny_config, rows):
-    """Rows stand in plan order with counts[i] rows of prompt i (none for 0), whatever the chunks; a completion ends at its
-    first stop token, which the text leaves out; without one it is truncated and has max_new_tokens tokens."""
+    """Rows stand in plan order, counts[i] of prompt i (none for 0), whatever the chunks; a completion ends at its first
+    stop token, which the text leaves out; without one it is truncated and has max_new_tokens tokens."""
     policy = load_policy(tiny_config(stop=","))
     found = sample(policy, literal.PROMPTS, 3 * COUNTS, 5, seed=3, rows=rows)
     assert found.owner_R.tolist() == np.repeat(np.arange(5), 3 * COUNTS).tolist()

@@ -29,7 +29,7 @@ def batch(policy, rewards=REWARDS, *, drift=0.0, seed=0):
 
 
 def literal_update(policy, optimizer, rollouts, config, rewards=REWARDS, weights=WEIGHTS):
-    """The loss of the module's header, over ALL rows, one token at a time; Eq. 7's prompt losses and the clipped share."""
+    """The loss of the module's header, over ALL rows, token by token; Eq. 7's prompt losses and the clipped share."""
     completions = literal.rows(rollouts.tokens_R_T, rollouts.mask_R_T)
     advantages = literal.advantages(rewards, OWNER, config.scale_rewards)
     size = len(PROMPTS) // config.minibatches
@@ -77,7 +77,7 @@ def sgd(policy):
     ids=["prompt", "rollout", "two-minibatches", "three-clipped-cold"],
 )
 def test_a_step_is_the_step_of_the_documented_loss(tiny_config, settings, update_rows, drift):
-    """Weights after the update, prompt losses and clip share equal the literal ones: the rows left out carry nothing."""
+    """Weights after the update, prompt losses and clip share equal the literal ones: rows left out carry nothing."""
     config = tiny_config(**{"batch_size": 6, "update_rows": update_rows, "grad_clip": 1e6} | settings)
     policy, slow = load_policy(config), load_policy(config)
     before = literal.weights(policy)
