@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from gdro_llm.config import PRESETS, Config, UsageError, add_options, load_preset, preset_names
 
@@ -29,16 +30,23 @@ graded, the controller observes, the policy is updated. `--controller` chooses w
 """
 
 
+class Parser(argparse.ArgumentParser):
+    """Mistakes are one line, like all others of this command."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the mistake and leave with exit code 2."""
+        self.exit(2, f"gdro: error: {message}; see {self.prog} --help\n")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point; the exit code: 0, or 2 with one line on stderr for a mistake of the user."""
-    parser = argparse.ArgumentParser(
-        prog="gdro", description=DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser(prog="gdro", description=DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter)
     subparsers = parser.add_subparsers(dest="command", required=True)
 
     train = subparsers.add_parser(
         "train",
         help="train one policy",
+        usage="gdro train PRESET [--out DIR] [--resume | --fresh] [--KEY VALUE ...]",
         description=DESCRIPTION,
         epilog="A run directory holds config.json, metrics.jsonl, evaluations.jsonl, checkpoints and report.html.",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=118),

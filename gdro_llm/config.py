@@ -97,6 +97,8 @@ class Config:
         for name in ("learning_rate", "temperature", "grad_clip"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} must be above 0, got {getattr(self, name)!r}")
+        if self.seed >= 2**32:  # torch takes 64 bits, evaluations use seed + 2**32
+            raise UsageError(f"seed must be below 2**32, got {self.seed}")
         if not self.adam_beta2 < 1:
             raise UsageError(f"adam_beta2 must be below 1, got {self.adam_beta2!r}")
         if not self.min_rollouts <= self.mean_rollouts <= self.max_rollouts:

@@ -59,6 +59,7 @@ def refused(tmp_path, tiny_model, capsys):
         ("weight_decay = nan", r"weight_decay must be a finite number, got nan"),
         ("clip_low = nan", r"clip_low must be a finite number, got nan"),
         ("adam_beta2 = 1", r"adam_beta2 must be below 1, got 1.0"),
+        ("seed = 4294967296", r"seed must be below 2\*\*32, got 4294967296"),
         ("temperature = 0", r"temperature must be above 0, got 0.0"),
         ("clip_high = -0.1", r"clip_high must be at least 0.0, got -0.1"),
         ("min_rollouts = 5", r"min_rollouts <= mean_rollouts <= max_rollouts, got 5 <= 4 <= 12"),
@@ -116,7 +117,7 @@ def test_missing_files_and_flags_are_named(refused, tmp_path, capsys):
     for name in ("quickstrat", str(tmp_path / "none.toml")):
         assert main(["train", name]) == 2
         found = capsys.readouterr().err
-        assert f"no preset {name!r}: choose one of quickstart, smollm2-arith, or give a .toml file" in found
+        assert f"no preset {name!r}: choose one of {', '.join(preset_names())}, or give a .toml file" in found
     (tmp_path / "file").write_text("x")
     assert "cannot make the run directory" in refused("--out", str(tmp_path / "file" / "run"))
     assert "choose another --out" in refused("--out", str(tmp_path / "file"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gdro_llm.config import UsageError
-from gdro_llm.policy import completion_logprobs, encode, load_policy, log_softmax, success_probability
+from gdro_llm.policy import completion_logprobs, encode, load_policy, log_softmax, positions, success_probability
 from gdro_llm.sampling import sample
 
 OWNER = [3, 0, 4, 0, 2, 2, 3, 1, 1, 0]  # any order, any number a prompt
@@ -50,6 +50,12 @@ def test_gradients_through_the_shared_cache_equal_those_of_plain_forward_passes(
     for name in expected:
         error = (found[name] - expected[name]).norm() / expected[name].norm()
         assert error < 1e-4, f"{name}: {error}"
+
+
+def test_positions_count_tokens_and_not_padding():
+    """0 at the first token, whatever stands left of it: models with absolute positions depend on it."""
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]])
+    assert positions(mask).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 3]]
 
 
 def test_completions_of_one_token_need_no_second_pass(policy):

@@ -92,6 +92,17 @@ def test_every_controller_runs_within_its_budget_and_resumes_exactly(run_config,
     assert_same_run(stopped, tmp_path / "whole")
 
 
+def test_every_step_draws_afresh(run_config, tmp_path, monkeypatch):
+    """No step repeats another one's seed, and all follow the seed of the run."""
+    seeds, draw = [], trainer.sample
+    monkeypatch.setattr(
+        trainer, "sample", lambda *args, seed, rows: (seeds.append(seed), draw(*args, seed=seed, rows=rows))[1]
+    )
+    for seed in (0, 1):
+        train(run_config(seed=seed), tmp_path / str(seed))
+    assert len(set(seeds)) == len(seeds) == 12
+
+
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 

@@ -10,7 +10,7 @@ import torch
 from gdro_llm.objective import group_advantages, rollout_scale
 from gdro_llm.policy import load_policy
 from gdro_llm.sampling import sample
-from gdro_llm.trainer import update
+from gdro_llm.trainer import set_learning_rate, step_seed, update
 
 PROMPTS = [*literal.PROMPTS, "r123="]
 COUNTS = np.array([2, 5, 3, 4, 7, 3])
@@ -188,3 +188,24 @@ def test_frozen_layers_stay_and_the_others_move_as_without_freezing(tiny_config)
             assert torch.allclose(found[1][name], found[0][name], atol=1e-6), name
         else:
             assert (found[1][name] == 0).all(), name
+
+
+@pytest.mark.parametrize(
+    ("warmup_steps", "shares"), [(0, [1, 1, 1, 1, 1]), (1, [1, 1, 1, 1, 1]), (4, [0.25, 0.5, 0.75, 1, 1])]
+)
+def test_learning_rate_warms_up_linearly_and_stays(tiny_config, warmup_steps, shares):
+    """Step 0 moves already, step `warmup_steps` - 1 has the peak."""
+    config, optimizer = tiny_config(warmup_steps=warmup_steps), torch.optim.SGD([torch.zeros(1)], lr=9.0)
+    found = []
+    for step in range(5):
+        set_learning_rate(optimizer, config, step)
+        found.append(optimizer.param_groups[0]["lr"])
+    assert found == [share * config.learning_rate for share in shares]
+
+
+def test_steps_and_seeds_draw_from_different_streams():
+    """No two of 10 seeds x 500 steps share a seed, none collides with an evaluation's, and torch takes them all."""
+    found = {step_seed(seed, step) for seed in range(10) for step in range(500)}
+    assert len(found | {seed + 2**32 for seed in range(10)}) == 5010
+    assert min(found) >= 0
+    assert max(found) < 2**63
