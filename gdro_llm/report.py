@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import itertools
 import json
 import math
 import os
@@ -357,13 +356,9 @@ def _draw_map(axis: Axes, run: Run, runs: Sequence[Run], key: str) -> None:
     """Step by bin, hardest at the top; a colour means the same for all runs."""
     steps, values = run.series("step"), run.series(key)
     seen = np.concatenate([_finite(other.series(key).ravel()) for other in runs])
-    bins, edges = values.shape[1], run.config.get("edges")
-    label, names = "bin (0 = hardest)", [str(number) for number in range(bins)]
-    if isinstance(edges, list) and len(edges) in (bins - 1, bins + 1):
-        bounds = [0, *edges, 1] if len(edges) == bins - 1 else edges
-        label = f"{run.config.get('statistic', 'pass_rate')}, %".replace("_", " ")
-        names = [f"{100 * low:.3g}–{100 * high:.3g}" for low, high in itertools.pairwise(bounds)]
-    axis.set(title=BINS[key], ylabel=label, facecolor="#dddddd")
+    bins = values.shape[1]
+    names = [f"{100 * b / bins:.3g}–{100 * (b + 1) / bins:.3g}" for b in range(bins)]
+    axis.set(title=BINS[key], ylabel="difficulty bin: % solved", facecolor="#dddddd")
     axis.grid(False)
     corners = np.append(steps - 0.5, steps[-1] + 0.5), np.arange(bins + 1) - 0.5
     norm = PowerNorm(0.5 if key == "bin_weight" else 1.0, seen.min(), seen.max())  # weights multiply: widen the small

@@ -51,7 +51,7 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
 
 def make_run(path: Path, controllers: bool = True, steps: int = STEPS, final: float = 0.5) -> Path:
     path.mkdir(parents=True)
-    (path / "config.json").write_text(json.dumps({"preset": "quickstart", "seed": 0, "edges": [0.25, 0.5, 0.75]}))
+    (path / "config.json").write_text(json.dumps({"preset": "quickstart", "seed": 0}))
     write_lines(path / "metrics.jsonl", [metrics(step, controllers) for step in range(1, steps + 1)])
     write_lines(path / "evaluations.jsonl", [evaluation(0, 0.3), evaluation(steps, final)])
     stages = {"sample_s": 1.0, "update_s": 0.5, "controller_s": 0.00125, "tokens_per_s": 1000.0}
