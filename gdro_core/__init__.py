@@ -2,27 +2,108 @@
 
 Theory first, numpy and scipy only. The paper's equations and theorems are cited as in arXiv 2601.19280; F1-F10 are its
 flaws and what this library does about each (see the README).
+
+All public names stand here; each module is one idea and opens with the problem it solves.
 """
 
-from gdro_core.allocation import exact_budget_allocation, greedy_allocation, sqrt_allocation
-from gdro_core.controller import GDROController, Plan
+from gdro_core.allocation import greedy_allocation, sqrt_allocation
+from gdro_core.ambiguity import BestResponse, chi_square, cvar, entropic
+from gdro_core.bandits import Exp3, Exp3IX, Exp3P, Exp3S, Hedge, TsallisINF
+from gdro_core.controller import GDROController, Observation, Plan
 from gdro_core.difficulty import OnlineDifficultyClassifier
-from gdro_core.estimators import pass_at_k
-from gdro_core.price import ShadowPrice
+from gdro_core.estimators import (
+    MeanAtK,
+    catoni_mean,
+    deviation_bound,
+    mean_at_k,
+    median_of_means,
+    pass_at_k,
+    truncated_mean,
+)
+from gdro_core.grpo import decoupling_price, gradient_variance, gradient_weight, mixed_group_probability
+from gdro_core.neyman import ClipOGD, PlugInNeyman, neyman_regret
+from gdro_core.paths import (
+    allocation_marginals,
+    exact_budget_allocation,
+    path_learning_rate,
+    path_regret_bound,
+    sample_budget_allocation,
+)
+from gdro_core.price import ShadowPrice, hard_budget_regret_bound, violation_bound
 from gdro_core.prompt_game import PromptGDRO, prompt_payoff
+from gdro_core.regret import (
+    best_in_hindsight,
+    delayed_hedge_bound,
+    duality_gap,
+    duality_gap_bound,
+    exp3_bound,
+    exp3_ix_bound,
+    exp3_p_bound,
+    exp3_s_bound,
+    gdro_full_information_bound,
+    gdro_one_sample_bound,
+    hedge_bound,
+    limited_advice_bound,
+    tracking_complexity,
+    tsallis_inf_bound,
+)
 from gdro_core.rollout_game import RolloutGDRO, rollout_utility
 
 __all__ = [
+    "BestResponse",
+    "ClipOGD",
+    "Exp3",
+    "Exp3IX",
+    "Exp3P",
+    "Exp3S",
     "GDROController",
+    "Hedge",
+    "MeanAtK",
+    "Observation",
     "OnlineDifficultyClassifier",
     "Plan",
+    "PlugInNeyman",
     "PromptGDRO",
     "RolloutGDRO",
     "ShadowPrice",
+    "TsallisINF",
+    "allocation_marginals",
+    "best_in_hindsight",
+    "catoni_mean",
+    "chi_square",
+    "cvar",
+    "decoupling_price",
+    "delayed_hedge_bound",
+    "deviation_bound",
+    "duality_gap",
+    "duality_gap_bound",
+    "entropic",
     "exact_budget_allocation",
+    "exp3_bound",
+    "exp3_ix_bound",
+    "exp3_p_bound",
+    "exp3_s_bound",
+    "gdro_full_information_bound",
+    "gdro_one_sample_bound",
+    "gradient_variance",
+    "gradient_weight",
     "greedy_allocation",
+    "hard_budget_regret_bound",
+    "hedge_bound",
+    "limited_advice_bound",
+    "mean_at_k",
+    "median_of_means",
+    "mixed_group_probability",
+    "neyman_regret",
     "pass_at_k",
+    "path_learning_rate",
+    "path_regret_bound",
     "prompt_payoff",
     "rollout_utility",
+    "sample_budget_allocation",
     "sqrt_allocation",
+    "tracking_complexity",
+    "truncated_mean",
+    "tsallis_inf_bound",
+    "violation_bound",
 ]

@@ -1,18 +1,17 @@
-"""How to spend a budget of rollouts: the square-root law and two exact integer solvers.
+"""How to spend a budget of rollouts: the square-root law, and the exact integer optimum at unit cost.
 
-One problem throughout: maximise a separable utility of the counts n_i under a budget that must be met exactly.
+One problem throughout: maximise a separable utility of the counts n_i under a budget that must be met exactly. Where
+all prompts of a bin share a count, `gdro_core.paths` solves it.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from functools import reduce
-from operator import or_
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from gdro_core._validate import Floats, Ints, floats, integer, integers, number
+from gdro_core._validate import Floats, Ints, floats, integer, number
 
 
 def sqrt_allocation(
@@ -161,83 +160,3 @@ def greedy_allocation(
         rng.shuffle(ties)
     np.add.at(counts, ties[: total - int(counts.sum())] // (arms - 1), 1)
     return counts
-
-
-def exact_budget_allocation(
-    utility: ArrayLike, size: ArrayLike, budget: int, *, min_rollouts: int, rng: np.random.Generator | None = None
-) -> Ints:
-    r"""One count per bin, meeting a budget exactly: the multiple-choice knapsack of §3.3, by dynamic program.
-
-        max_n  sum_b U_b(n_b)    s.t.   sum_b c_b n_b = budget,   n_b in {n_min, ..., n_min + A - 1}
-
-    V_b(s) = max_n U_b(n) + V_{b+1}(s - c_b n), V_B(0) = 0; O(B A budget). U_b counts the whole bin: multiply a utility
-    per prompt by c_b before. No concavity is needed. With `rng` the answer is uniform over all optimal allocations
-    (values within rounding, 1e-12 of sum_b max |U_b|, count as equal), otherwise it takes the smallest counts first.
-
-    Args:
-        utility: (B, A) U_b at n_min, n_min + 1, ...
-        size: (B,) prompts c_b >= 0 of each bin in the batch.
-        budget: total rollouts.
-        min_rollouts: n_min, the count of column 0.
-        rng: breaks ties; see above.
-
-    Returns:
-        (B,) integer counts with size @ counts = budget.
-
-    Raises:
-        ValueError: a bad argument, or a budget that no choice of counts meets; the message names the nearest that one
-            does.
-
-    >>> exact_budget_allocation([[0.0, 1.0, 1.5], [0.0, 3.0, 4.0]], [2, 1], 6, min_rollouts=1)
-    array([2, 2])
-    """
-    table = floats("utility", utility, (-1, -1))
-    bins, arms = table.shape
-    low = integer("min_rollouts", min_rollouts, 0)
-    total = integer("budget", budget, 0)
-    if bins == 0 or arms == 0:
-        raise ValueError(f"utility must have at least one row and one column, got shape {table.shape}")
-    sizes = integers("size", size, (bins,), 0, 2**31)
-    options = low + np.arange(arms)
-    spend = np.arange(total + 1)
-    rounding = 1e-12 * float(np.abs(table).max(axis=1).sum())
-    value = np.where(spend == 0, 0.0, -np.inf)  # V_B
-    log_ways = value.copy()  # log of the number of optimal completions, which overflows from about 300 bins on
-    through = []  # per bin (A, S): the same through each arm
-    for b in reversed(range(bins)):
-        before = spend - sizes[b] * options[:, None]  # (A, S) budget left for the later bins
-        reached = before >= 0
-        before = np.where(reached, before, 0)
-        candidates = np.where(reached, value[before], -np.inf) + table[b][:, None]
-        value = candidates.max(axis=0)
-        optimal = np.isfinite(candidates) & (candidates >= value - rounding)
-        through.append(np.where(optimal, log_ways[before], -np.inf))
-        log_ways = np.logaddexp.reduce(through[-1], axis=0)
-    if not np.isfinite(value[total]):
-        raise ValueError(
-            f"budget {total} cannot be met by {low}..{options[-1]} rollouts for bins of sizes {sizes.tolist()}; "
-            f"nearest feasible: {' and '.join(map(str, _nearest_budgets(sizes, options, total)))}"
-        )
-    counts = np.empty(bins, dtype=np.int64)
-    left = total
-    for b, log_weight in enumerate(reversed(through)):
-        column = log_weight[:, left]
-        if rng is None:
-            arm = int(np.argmax(column > -np.inf))
-        else:
-            weight = np.exp(column - column.max())
-            arm = int(rng.choice(arms, p=weight / weight.sum()))
-        counts[b] = options[arm]
-        left -= int(sizes[b] * options[arm])
-    return counts
-
-
-def _nearest_budgets(sizes: Ints, options: Ints, budget: int) -> list[int]:
-    """The feasible budgets next to an infeasible one, below and above (those that exist)."""
-    reach = 1  # bit s is set: the budget s can be met
-    for size in sizes.tolist():
-        reach = reduce(or_, (reach << (size * option) for option in options.tolist()))
-    below = (reach & ((1 << budget) - 1)).bit_length() - 1
-    above = reach >> (budget + 1)
-    nearest = [below] if below >= 0 else []
-    return [*nearest, budget + (above & -above).bit_length()] if above else nearest

@@ -10,17 +10,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
-from gdro_core._validate import Floats, Ints, floats, integer, number, state, unique_ids
+from gdro_core._validate import Floats, Ints, floats, integer, integers, number, state, unique_ids
 from gdro_core.difficulty import OnlineDifficultyClassifier
+from gdro_core.grpo import gradient_weight
 from gdro_core.prompt_game import PromptGDRO, prompt_payoff
 from gdro_core.rollout_game import RolloutGDRO
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Everything a step decides."""
+    """Everything a step decides.
+
+    >>> plan = GDROController.uniform(mean_rollouts=2).plan(["a", "b"])
+    >>> plan.counts, plan.owner  # rollout j belongs to prompt owner[j]
+    (array([2, 2]), array([0, 0, 1, 1]))
+    """
 
     ids: tuple[Hashable, ...]  # N unique prompt ids
     bins: Ints  # (N,) difficulty bins the plan was made with, −1 = unseen
@@ -34,13 +40,73 @@ class Plan:
         """(sum of counts,) flat rollout row -> prompt row."""
         return np.repeat(np.arange(len(self.ids)), self.counts)
 
+    def same(self, other: Plan) -> bool:
+        """Whether both were made for the same batch at the same step, here or on another worker."""
+        return self.step == other.step and self.ids == other.ids and np.array_equal(self.counts, other.counts)
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """What grading tells of a plan: per prompt the summed rewards and the number of rollouts graded.
+
+    These are sufficient: a controller learns from nothing else. So workers that grade parts of a batch merge what they
+    have by addition, in any order and grouping (theorem 12; to the bit where sums of rewards are exact, as of 0 and 1).
+
+    >>> plan = GDROController.uniform(mean_rollouts=2).plan(["a", "b"])
+    >>> here = Observation.of(plan, [1, 0], rows=[0, 3])  # rollout 0 belongs to a, rollout 3 to b
+    >>> there = Observation.of(plan, [1], rows=[1])
+    >>> here.merge(there).correct, here.merge(there).trials
+    (array([2., 0.]), array([2, 1]))
+    """
+
+    plan: Plan
+    correct: Floats  # (N,) summed rewards
+    trials: Ints  # (N,) rollouts graded, at most plan.counts
+
+    @classmethod
+    def of(cls, plan: Plan, rewards: ArrayLike, rows: ArrayLike | None = None) -> Observation:
+        """Sum the rewards of some rollouts, or of all, by prompt.
+
+        Args:
+            plan: what `plan` returned.
+            rewards: (M,) in [0, 1]; 1 is correct, fractions are partial credit. Map a ±1 reward by (r + 1) / 2.
+            rows: (M,) distinct flat rollout rows as in `plan.owner`; None: all, in plan order.
+
+        Raises:
+            ValueError: rewards of another length, outside [0, 1] or not finite; rows out of range or repeated.
+        """
+        owner = plan.owner
+        if rows is not None:
+            flat = integers("rows", rows, (-1,), 0, owner.size - 1)
+            if np.unique(flat).size != flat.size:
+                raise ValueError("rows must be distinct, got a rollout twice")
+            owner = owner[flat]
+        reward = floats("rewards", rewards, owner.shape, 0.0, 1.0)
+        size = len(plan.ids)
+        correct = np.bincount(owner, weights=reward, minlength=size).astype(np.float64)
+        return cls(plan, correct, np.bincount(owner, minlength=size))
+
+    def merge(self, other: Observation) -> Observation:
+        """Both together.
+
+        Raises:
+            ValueError: they are of different plans, or hold more rollouts of a prompt than were planned.
+        """
+        if not self.plan.same(other.plan):
+            raise ValueError(f"observations must be of one plan, got steps {self.plan.step} and {other.plan.step}")
+        trials = self.trials + other.trials
+        if (trials > self.plan.counts).any():
+            twice = self.plan.ids[int(np.argmax(trials > self.plan.counts))]
+            raise ValueError(f"observations must not share rollouts, got too many of {twice!r}")
+        return Observation(self.plan, self.correct + other.correct, trials)
+
 
 class GDROController:
     r"""Two games over one difficulty classifier; either may be absent, and without both it is plain GRPO.
 
     Weights have mean 1 over the batch's rollouts (sum_i n_i w_i = sum_i n_i), so that the games steer directions, not
-    the learning rate; ratios of weights never depend on the batch. Departs: `weighting="published"` leaves Eq. 16's
-    weights unnormalised. Counts always sum to n_bar N.
+    the learning rate; ratios of weights never depend on the batch, but for `preserve_objective`. Departs:
+    `weighting="published"` leaves Eq. 16's weights unnormalised. Counts always sum to n_bar N.
 
     Several workers with the same state make the same plan: ties are broken by a generator seeded with (seed, step).
 
@@ -50,6 +116,13 @@ class GDROController:
         rollout: Rollout-GDRO, or None for n_bar rollouts each.
         mean_rollouts: n_bar, a whole number; needed only without `rollout`.
         joint: rollouts follow the prompt weights (n ∝ ω√v, F7) when both games are on.
+        preserve_objective: rollouts change the variance of the update, not what it ascends (F6). Std-normalised GRPO
+            pulls a prompt by w_n(p) grad p (`gradient_weight`), which grows with n; its weight is therefore multiplied
+            by w_nbar(p) / w_n(p) at the posterior mean of p, after the weights have got mean 1 over the *prompts* of
+            the batch (published ones stay unnormalised). Where that is the true p, the expected update is the one of
+            n_bar rollouts each. Holds for advantages divided by the group's population std and losses averaged over a
+            prompt's rollouts first; a mean over all rollouts pulls by n w_n, and needs n_bar / n on top. Needs
+            n_min >= 2 (a single rollout has no gradient) and a whole n_bar.
         seed: decides ties.
 
     >>> controller = GDROController.recommended(mean_rollouts=4, seed=0)
@@ -69,6 +142,7 @@ class GDROController:
         *,
         mean_rollouts: int | None = None,
         joint: bool = True,
+        preserve_objective: bool = False,
         seed: int = 0,
     ) -> None:
         for name, game in (("prompt", prompt), ("rollout", rollout)):
@@ -84,7 +158,14 @@ class GDROController:
             least = mean_rollouts if rollout is None else rollout.min_rollouts
             number("min_rollouts with payoff 'learnability'", least or 0, 2)
         self.classifier, self.prompt, self.rollout = classifier, prompt, rollout
+        if preserve_objective and rollout is not None:
+            number("min_rollouts with preserve_objective", rollout.min_rollouts, 2)
+            if not rollout.mean_rollouts.is_integer():
+                raise ValueError(
+                    f"mean_rollouts must be a whole number with preserve_objective, got {rollout.mean_rollouts}"
+                )
         self.joint = joint
+        self.preserve_objective = bool(preserve_objective)
         self.seed = integer("seed", seed, 0)
         self._mean_rollouts = None if mean_rollouts is None else integer("mean_rollouts", mean_rollouts, 1)
         self._step = 0
@@ -135,13 +216,16 @@ class GDROController:
         """The paper's choices (App. A). Its runs play one game at a time; both together are uncoupled.
 
         Prompt: surrogate payoff, share-normalised, η 0.65, γ 0.01, β 0.12, ω_max 15, weights as in Eq. 16; window 100.
-        Rollout: bandit over n per bin, η 0.65, γ 0.01, EMA 0.4, α_μ 0.05; window 50. Both: any-of-n bins, δ 0.03.
+        Rollout: bandit over n per bin, η 0.65, γ 0.01, EMA 0.4, α_μ 0.05; window 50. Both: any-of-n
+        bins, δ 0.03 (0.3 / B above 10 bins, as 0.03 would soon be half a bin).
         Departs, where the released code does (F3, F5): bins are looked up by id, unseen prompts get weight 1 and n_bar
         rollouts, ties break at random, a played arm's score is updated.
         """
         window = 100 if prompt else 50
         return cls(
-            OnlineDifficultyClassifier(_equal_edges(num_bins), "any", window=window, hysteresis=0.03),
+            OnlineDifficultyClassifier(
+                _equal_edges(num_bins), "any", window=window, hysteresis=min(0.03, 0.3 / num_bins)
+            ),
             PromptGDRO(
                 num_bins,
                 payoff="surrogate",
@@ -153,7 +237,15 @@ class GDROController:
             )
             if prompt
             else None,
-            RolloutGDRO(num_bins, mean_rollouts, min_rollouts, max_rollouts, utility="surrogate", granularity="bin")
+            RolloutGDRO(
+                num_bins,
+                mean_rollouts,
+                min_rollouts,
+                max_rollouts,
+                utility="surrogate",
+                granularity="bin",
+                feedback="published",
+            )
             if rollout
             else None,
             mean_rollouts=None if rollout else mean_rollouts,
@@ -180,31 +272,44 @@ class GDROController:
             rng = np.random.default_rng([self.seed, self._step])
             a, b = self.classifier.posterior(names)
             counts, price = self.rollout.allocate(bins, a, b, weights if self.joint else None, rng=rng)
+        preserved = self.rollout if self.preserve_objective else None
         if self.prompt is not None and self.prompt.weighting == "importance":
-            weights = weights / np.average(weights, weights=counts)
+            weights = weights / np.average(weights, weights=counts if preserved is None else None)
+        if preserved is not None:
+            p = self.classifier.pass_rate(names)
+            weights = weights * gradient_weight(preserved.mean_rollouts, p) / gradient_weight(counts, p)
         return Plan(tuple(names), bins, weights, counts, price, self._step)
 
-    def observe(self, plan: Plan, rewards: ArrayLike) -> dict[str, Any]:
+    def observe(self, plan: Plan, rewards: ArrayLike | Observation) -> dict[str, Any]:
         """Learn from the graded rollouts of a plan.
+
+        Batches may be observed late, after further plans were made: what is learnt then is the same, and the regret of
+        the adversaries grows by the delay term of `regret.delayed_hedge_bound` (theorem 12).
 
         Args:
             plan: what `plan` returned for this batch.
             rewards: (sum of counts,) in [0, 1], in plan order (`plan.owner`); 1 is correct, fractions are partial
-                credit. Map a ±1 reward by (r + 1) / 2.
+                credit. Or an `Observation` of this plan, merged from what workers report; prompts of which it holds no
+                rollout are passed over.
 
         Returns:
             metrics: see `metrics`.
 
         Raises:
-            ValueError: rewards of another length, outside [0, 1] or not finite; nothing has changed then.
+            ValueError: rewards of another length, outside [0, 1] or not finite, or an observation of another plan;
+                nothing has changed then.
         """
-        reward = floats("rewards", rewards, (int(plan.counts.sum()),), 0.0, 1.0)
-        correct = np.bincount(plan.owner, weights=reward, minlength=len(plan.ids))
+        seen = rewards if isinstance(rewards, Observation) else Observation.of(plan, rewards)
+        if not seen.plan.same(plan):
+            raise ValueError(f"rewards must be an observation of this plan, got one of step {seen.plan.step}")
         if self.prompt is not None and self.prompt.payoff != "surrogate":
-            self.prompt.observe(plan.bins, prompt_payoff(self.prompt.payoff, correct, plan.counts))
-        self.classifier.observe(plan.ids, correct, plan.counts)
+            told = seen.trials >= (2 if self.prompt.payoff == "learnability" else 1)
+            self.prompt.observe(
+                plan.bins[told], prompt_payoff(self.prompt.payoff, seen.correct[told], seen.trials[told])
+            )
+        self.classifier.observe(plan.ids, seen.correct, seen.trials)
         self._step += 1
-        return self.metrics(plan, correct / plan.counts)
+        return self.metrics(seen)
 
     @property
     def needs_losses(self) -> bool:
@@ -226,12 +331,11 @@ class GDROController:
         if self.prompt is not None and self.prompt.payoff == "surrogate":
             self.prompt.observe(plan.bins, loss)
 
-    def metrics(self, plan: Plan, mean_reward: ArrayLike) -> dict[str, Any]:
+    def metrics(self, observation: Observation) -> dict[str, Any]:
         """What a step did, per bin (lists of B, None for a bin without prompts) and in all.
 
         Args:
-            plan: the plan of the batch.
-            mean_reward: (N,) mean reward of each prompt.
+            observation: of the batch; prompts of which no rollout was graded count for all but `bin_error`.
 
         Returns:
             bin_share, unseen_share: share of the batch's prompts; bin_error: 1 - mean reward; bin_weight: mean weight;
@@ -239,19 +343,21 @@ class GDROController:
             under the weights minus under the data (Eq. 32), below 0 when the weights lean to harder bins. Without a
             game bin_weight, shadow_price and lead_lag are absent.
         """
-        reward = floats("mean_reward", mean_reward, plan.bins.shape, 0.0, 1.0)
+        plan, graded = observation.plan, observation.trials > 0
+        error = 1.0 - observation.correct / np.maximum(observation.trials, 1)
         seen = plan.bins >= 0
         b = plan.bins[seen]
         size = np.bincount(b, minlength=self.classifier.num_bins)
 
-        def per_bin(values: Floats | Ints) -> list[float | None]:
-            total = np.bincount(b, weights=values[seen], minlength=size.size)
-            return [float(t / n) if n else None for t, n in zip(total, size, strict=True)]
+        def per_bin(values: Floats | Ints, rows: NDArray[np.bool_] = seen) -> list[float | None]:
+            total = np.bincount(plan.bins[rows], weights=values[rows], minlength=size.size)
+            number_of = np.bincount(plan.bins[rows], minlength=size.size)
+            return [float(t / n) if n else None for t, n in zip(total, number_of, strict=True)]
 
         found: dict[str, Any] = {
             "bin_share": (size / len(plan.ids)).tolist(),
             "unseen_share": float(1.0 - seen.mean()),
-            "bin_error": per_bin(1.0 - reward),
+            "bin_error": per_bin(error, seen & graded),
             "bin_rollouts": per_bin(plan.counts),
         }
         if self.prompt is not None:
@@ -299,7 +405,8 @@ class GDROController:
         self._step = step
 
     def _settings(self) -> dict[str, Any]:
-        return {"version": 1, "seed": self.seed, "joint": self.joint, "mean_rollouts": self._mean_rollouts}
+        names = ("seed", "joint", "preserve_objective")
+        return {"version": 1, **{name: getattr(self, name) for name in names}, "mean_rollouts": self._mean_rollouts}
 
 
 def _equal_edges(num_bins: int) -> Floats:

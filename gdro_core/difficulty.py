@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from base64 import b64decode, b64encode
 from collections.abc import Hashable, Mapping, Sequence
-from itertools import repeat
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from gdro_core._rows import RowIndex, repeats, where
 from gdro_core._validate import Floats, Ints, choice, floats, integer, integers, number, state, unique_ids
 
 STATISTICS = ("pass_rate", "pass@k", "any")
@@ -33,16 +34,42 @@ class OnlineDifficultyClassifier:
     Bin edges are 0 = a_0 < edges < a_B = 1; bin j holds [a_j, a_{j+1}) (Eq. 11). With `hysteresis` δ a prompt leaves
     its bin only when its estimate passes an edge by δ, in either direction. A prompt never observed is in bin −1.
 
+    With `confidence` δ the first bin is the estimate's, and a prompt leaves its bin, for the estimate's, only when a
+    confidence sequence excludes the whole bin: Robbins' method of mixtures, here the prior-posterior ratio of
+    Waudby-Smith and Ramdas (2020, arXiv 2006.04347). With c of n rollouts correct so far and Β the Beta function,
+
+        C_n = {p : M_n(p) < 1/δ},   M_n(p) = Β(a_0 + c, b_0 + n - c) / Β(a_0, b_0) / (p^c (1 - p)^(n-c))
+
+    Theorem 11. Let each reward lie in [0, 1] with mean p given all before it (n may depend on the past). With
+    probability at least 1 - δ per prompt, at all times at once: p is in C_n; the prompt leaves no bin whose closed
+    interval holds p, and any other only in the direction of p; its bin lies within sqrt(2 log(2 sqrt(n) / δ) / n) of p
+    (for prior (1/2, 1/2) and rewards 0 or 1). As n grows without bound it almost surely settles where p is.
+    Proof. x -> (t/p)^x ((1-t)/(1-p))^(1-x) is convex, so its mean is at most that of its chord over [0, 1], which is 1:
+    M_n(p), a mixture over t, is a supermartingale from 1, and Ville gives P(sup_n M_n(p) >= 1/δ) <= δ. log M_n is
+    convex in p with its minimum at c/n, so C_n is an interval, and a bin is excluded iff M_n >= 1/δ at its point
+    nearest to c/n. With f(t) = t^-c (1-t)^-(n-c), convex, and the posterior mean m, M_n(m) = f(m) / E[f | data] <= 1
+    (Jensen): the estimate is never excluded, so a move ends in a bin that meets C_n, on p's side of the one left. The
+    width is by Krichevsky and Trofimov's M_n(p) >= exp(n kl(c/n, p)) / (2 sqrt(n)) and Pinsker. At last M_n(p) -> 0
+    (law of the iterated logarithm), while M_n -> inf uniformly outside of any neighbourhood of p.
+    The chance of ever being in a wrong bin cannot be held below δ, but by leaving prompts near an edge unbinned.
+
     Args:
         edges: (B - 1,) interior edges, strictly increasing in (0, 1).
         statistic: see above.
         k: of pass@k; used by `"pass@k"` only.
         discount: d in (0, 1], weight of the past at each visit; 1 keeps everything.
         prior: (a_0, b_0) > 0.
-        window: H visits, used by `"any"` only.
+        window: H <= 65535 visits, used by `"any"` only.
         hysteresis: δ >= 0, smaller than half of the narrowest bin.
+        confidence: δ in (0, 1), chance of error per prompt, or None. Needs `"pass_rate"` (the bins of pass@k are those
+            of p with edges 1 - (1 - edge)^(1/k)), hysteresis 0 and, as C_n needs undiscounted counts, discount 1: it
+            is for a policy that stands still, or moves slowly.
 
-    Memory: struct of arrays, 18 bytes a prompt (and H more for `"any"`) besides the map from ids.
+    Ids are any hashable, unique in a batch; equal ids are one prompt, as in a dict (3, np.int64(3), 3.0). An array of
+    integers is looked up without a Python loop; the first id of another type moves all of them into a dict for good.
+
+    Memory: struct of arrays, 18 bytes a prompt (`"any"`: 20 + 8 ceil(H / 64)), at most a tenth of it spare, besides
+    the ids: 16 bytes an integer, or a dict.
 
     >>> classifier = OnlineDifficultyClassifier(edges=[0.25, 0.75])
     >>> classifier.observe(["easy", "hard"], correct=[8, 0], trials=[8, 8])
@@ -60,10 +87,12 @@ class OnlineDifficultyClassifier:
         prior: tuple[float, float] = (0.5, 0.5),
         window: int = 100,
         hysteresis: float = 0.0,
+        confidence: float | None = None,
     ) -> None:
         self.edges = floats("edges", edges, (-1,), 0.0, 1.0)
-        bounds = np.concatenate([[0.0], self.edges, [1.0]])
-        if (np.diff(bounds) <= 0).any():
+        self._bounds = np.concatenate([[0.0], self.edges, [1.0]])
+        narrowest = np.diff(self._bounds).min()
+        if narrowest <= 0:
             raise ValueError(f"edges must increase strictly inside (0, 1), got {self.edges.tolist()}")
         if self.edges.size > 32766:
             raise ValueError(f"edges must hold at most 32766 values, got {self.edges.size}")
@@ -75,45 +104,47 @@ class OnlineDifficultyClassifier:
             number("prior[1]", prior[1], 0.0, open_low=True),
         )
         self.window = integer("window", window, 1)
+        number("window", window, 1, 65535)
         self.hysteresis = number("hysteresis", hysteresis, 0.0)
-        if self.hysteresis > 0 and self.hysteresis >= np.diff(bounds).min() / 2:
-            raise ValueError(
-                f"hysteresis must be below half the narrowest bin ({np.diff(bounds).min() / 2:g}), got {hysteresis!r}"
-            )
-        self._row: dict[Hashable, int] = {}
-        self._successes, self._failures, self._bin, self._history = self._arrays(0)
+        if self.hysteresis > 0 and self.hysteresis >= narrowest / 2:
+            raise ValueError(f"hysteresis must be below half the narrowest bin ({narrowest / 2:g}), got {hysteresis!r}")
+        if confidence is not None and not 0 < confidence < 1:
+            raise ValueError(f"confidence must lie in (0, 1) or be None, got {confidence!r}")
+        self.confidence = None if confidence is None else float(confidence)
+        for name, needed in (("statistic", "pass_rate"), ("discount", 1.0), ("hysteresis", 0.0)):
+            if confidence is not None and getattr(self, name) != needed:
+                raise ValueError(f"{name} must be {needed!r} with confidence, got {getattr(self, name)!r}")
+        self._index = RowIndex()
+        self._memory = self._unseen(1)
 
     @property
     def num_bins(self) -> int:
         """B, the number of bins (the unseen state −1 not counted)."""
         return self.edges.size + 1
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays, spare rows included; the ids are not."""
+        return sum(array.nbytes for array in self._memory.values())
+
     def __len__(self) -> int:
         """Number of prompts observed so far."""
-        return len(self._row)
+        return self._index.size
 
-    def bins(self, ids: Sequence[Hashable]) -> Ints:
+    def bins(self, ids: Sequence[Hashable] | NDArray[Any]) -> Ints:
         """(N,) bin of each prompt, 0 (hardest) to B − 1; −1 if never observed."""
-        rows = self._rows(ids)
-        return np.where(rows >= 0, self._bin[rows], -1).astype(np.int64) if len(self) else rows
+        return self._memory["bin"][self._index.find(ids)[1]].astype(np.int64)
 
-    def posterior(self, ids: Sequence[Hashable]) -> tuple[Floats, Floats]:
+    def posterior(self, ids: Sequence[Hashable] | NDArray[Any]) -> tuple[Floats, Floats]:
         """(N,) and (N,): parameters of each prompt's Beta posterior; the prior's if never observed."""
-        rows = self._rows(ids)
-        if not len(self):
-            return np.full(rows.shape, self.prior[0]), np.full(rows.shape, self.prior[1])
-        seen = rows >= 0
-        return (
-            self.prior[0] + np.where(seen, self._successes[rows], 0.0),
-            self.prior[1] + np.where(seen, self._failures[rows], 0.0),
-        )
+        return self._posterior(self._index.find(ids)[1])
 
-    def pass_rate(self, ids: Sequence[Hashable]) -> Floats:
+    def pass_rate(self, ids: Sequence[Hashable] | NDArray[Any]) -> Floats:
         """(N,) posterior mean of each prompt's pass rate, in (0, 1)."""
         a, b = self.posterior(ids)
         return a / (a + b)
 
-    def observe(self, ids: Sequence[Hashable], correct: ArrayLike, trials: ArrayLike) -> None:
+    def observe(self, ids: Sequence[Hashable] | NDArray[Any], correct: ArrayLike, trials: ArrayLike) -> None:
         """Count c correct among n rollouts of each prompt. A prompt with n = 0 tells nothing and is passed over.
 
         Args:
@@ -124,88 +155,148 @@ class OnlineDifficultyClassifier:
         Raises:
             ValueError: naming the argument; nothing has changed then.
         """
-        names = unique_ids(ids)
+        names, rows = self._index.find(ids)
+        if not len(names) or repeats(rows[rows >= 0]) or repeats(where(names, rows < 0)):
+            unique_ids(names if isinstance(names, list) else names.tolist())  # says which
         n = floats("trials", trials, (len(names),), 0.0)
         c = floats("correct", correct, (len(names),), 0.0)
         if (c > n).any():
             raise ValueError(f"correct must be at most trials, got {c[c > n][0]} of {n[c > n][0]}")
         told = n > 0
-        names, c, n = [name for name, keep in zip(names, told, strict=True) if keep], c[told], n[told]
-        for name in names:
-            self._row.setdefault(name, len(self._row))
-        self._grow(len(self._row))
-        rows = self._rows(names)
-        self._successes[rows] = self.discount * self._successes[rows] + c
-        self._failures[rows] = self.discount * self._failures[rows] + (n - c)
+        self._grow(len(self) + int(np.count_nonzero(told & (rows < 0))))
+        rows, c, n = self._index.add(names, rows, told)[told], c[told], n[told]
+        memory = self._memory
+        memory["successes"][rows] = self.discount * memory["successes"][rows] + c
+        memory["failures"][rows] = self.discount * memory["failures"][rows] + (n - c)
         if self.statistic == "any":
-            self._history[rows] = np.roll(self._history[rows], 1, axis=1)
-            self._history[rows, 0] = c > 0
-        estimate = self._estimate(rows)
-        present = self._bin[rows]
-        up = np.digitize(estimate - self.hysteresis, self.edges)
-        down = np.digitize(estimate + self.hysteresis, self.edges)
-        moved = np.where(up > present, up, np.where(down < present, down, present))
-        self._bin[rows] = np.where(present < 0, np.digitize(estimate, self.edges), moved)
+            hits = memory["hits"][rows]  # (n, words), the latest visit in bit 0 of word 0
+            carry = np.concatenate([(c > 0).astype(np.uint64)[:, None], hits[:, :-1] >> 63], axis=1)
+            hits = hits << 1 | carry
+            hits[:, -1] &= np.uint64(2 ** ((self.window - 1) % 64 + 1) - 1)
+            memory["hits"][rows] = hits
+            memory["visits"][rows] = np.minimum(memory["visits"][rows] + np.int64(1), self.window)
+        memory["bin"][rows] = self._rebin(rows)
 
     def state_dict(self) -> dict[str, Any]:
-        """Settings and memory as plain lists and numbers (JSON- and torch-serialisable if the ids are)."""
-        size = len(self)
-        return {
-            **self._settings(),
-            "ids": list(self._row),
-            "successes": self._successes[:size].tolist(),
-            "failures": self._failures[:size].tolist(),
-            "bin": self._bin[:size].tolist(),
-            "history": self._history[:size].tolist(),
-        }
+        """Settings and memory as numbers, strings and lists, for JSON and `torch.load(weights_only=True)`.
+
+        Arrays, and ids that are all integers, are base64 of little-endian bytes in the order of first observation.
+
+        Raises:
+            ValueError: an id is not a str, number, bool or None, nor a tuple of such.
+        """
+        ids = self._index.ids()
+        arrays = {name: _packed(array[: len(self)]) for name, array in self._memory.items()}
+        return {**self._settings(), "ids": list(_plain(ids)) if isinstance(ids, list) else _packed(ids), **arrays}
 
     def load_state_dict(self, found: Mapping[str, Any]) -> None:
-        """Continue from `state_dict()` of a classifier with the same settings; on ValueError nothing has changed."""
+        """Continue bit for bit from `state_dict()` of a classifier with the same settings.
+
+        Raises:
+            ValueError: other settings or version, a missing key, a damaged array; nothing has changed then.
+        """
         state("OnlineDifficultyClassifier", found, self._settings())
-        ids = unique_ids(found["ids"]) if found["ids"] else []
-        size = len(ids)
-        successes = floats("successes", found["successes"], (size,), 0.0)
-        failures = floats("failures", found["failures"], (size,), 0.0)
-        bins = integers("bin", found["bin"], (size,), 0, self.num_bins - 1)
-        width = self._arrays(0)[3].shape[1]
-        history = integers("history", found["history"] if size else np.empty((0, width)), (size, width), -1, 1)
-        self._row = {name: row for row, name in enumerate(ids)}
-        self._successes, self._failures, self._bin, self._history = self._arrays(size)
-        self._successes[:], self._failures[:], self._bin[:], self._history[:] = successes, failures, bins, history
+        for name in ("ids", *self._memory):
+            if name not in found:
+                raise ValueError(f"state of OnlineDifficultyClassifier must have {name}, got {sorted(found)}")
+        plain = _plain(found["ids"])
+        ids = list(plain) if isinstance(plain, tuple) else _unpacked("ids", plain, np.dtype(np.int64), (-1,))
+        index = RowIndex()
+        names, rows = index.find(ids)
+        if repeats(names):
+            unique_ids(names if isinstance(names, list) else names.tolist())  # says which
+        index.add(names, rows, rows < 0)
+        size = index.size
+        memory = self._unseen(size + 1)
+        for name, array in memory.items():
+            array[:size] = _unpacked(name, found[name], array.dtype, (size, *array.shape[1:]))
+        floats("successes", memory["successes"], (-1,), 0.0)
+        floats("failures", memory["failures"], (-1,), 0.0)
+        integers("bin", memory["bin"][:size], (size,), 0, self.num_bins - 1)
+        if self.statistic == "any":
+            visits = integers("visits", memory["visits"][:size], (size,), 1, self.window)
+            for word, hits in enumerate(memory["hits"][:size].T):
+                if (hits >> np.clip(visits - 64 * word, 0, 64).astype(np.uint64)).any():
+                    raise ValueError(
+                        f"hits must be 0 before the first of the visits, got {hits.max():#x} in word {word}"
+                    )
+        self._index, self._memory = index, memory
 
     def _settings(self) -> dict[str, Any]:
-        return {
-            "version": 1,
-            "edges": self.edges.tolist(),
-            "statistic": self.statistic,
-            "k": self.k,
-            "discount": self.discount,
-            "prior": list(self.prior),
-            "window": self.window,
-            "hysteresis": self.hysteresis,
-        }
+        names = ("statistic", "k", "discount", "window", "hysteresis", "confidence")
+        settings = {name: getattr(self, name) for name in names}
+        return {"version": 2, "edges": self.edges.tolist(), "prior": list(self.prior), **settings}
 
-    def _arrays(self, size: int) -> tuple[Floats, Floats, NDArray[np.int16], NDArray[np.int8]]:
-        history = np.full((size, self.window if self.statistic == "any" else 0), -1, dtype=np.int8)  # -1: no visit
-        return np.zeros(size), np.zeros(size), np.full(size, -1, dtype=np.int16), history
+    def _unseen(self, rows: int) -> dict[str, NDArray[Any]]:
+        """Arrays of unseen prompts. The last one is never told anything: it is what row −1 finds."""
+        memory: dict[str, NDArray[Any]] = {"successes": np.zeros(rows), "failures": np.zeros(rows)}
+        memory["bin"] = np.full(rows, -1, dtype=np.int16)
+        if self.statistic == "any":
+            memory["visits"] = np.zeros(rows, dtype=np.uint16)
+            memory["hits"] = np.zeros((rows, -(-self.window // 64)), dtype=np.uint64)
+        return memory
 
     def _grow(self, size: int) -> None:
-        if size > self._bin.size:
-            extra = self._arrays(max(size, 2 * self._bin.size) - self._bin.size)
-            self._successes = np.concatenate([self._successes, extra[0]])
-            self._failures = np.concatenate([self._failures, extra[1]])
-            self._bin = np.concatenate([self._bin, extra[2]])
-            self._history = np.concatenate([self._history, extra[3]])
+        rows = self._memory["bin"].size
+        if size >= rows:
+            for array in self._memory.values():  # in place, by a tenth: no second copy, little to spare
+                array.resize((max(size + 1, rows + rows // 10), *array.shape[1:]), refcheck=False)
+            self._memory["bin"][rows:] = -1
 
-    def _rows(self, ids: Sequence[Hashable]) -> Ints:
-        return np.fromiter(map(self._row.get, ids, repeat(-1)), dtype=np.int64, count=len(ids))
+    def _posterior(self, rows: Ints) -> tuple[Floats, Floats]:
+        return self.prior[0] + self._memory["successes"][rows], self.prior[1] + self._memory["failures"][rows]
 
     def _estimate(self, rows: Ints) -> Floats:
         if self.statistic == "any":
-            visits = self._history[rows]
-            return np.asarray((visits == 1).sum(axis=1) / (visits >= 0).sum(axis=1), dtype=np.float64)
-        a, b = self.prior[0] + self._successes[rows], self.prior[1] + self._failures[rows]
-        if self.statistic == "pass@k":
-            tries = np.arange(self.k)
-            return np.asarray(1.0 - ((b[:, None] + tries) / ((a + b)[:, None] + tries)).prod(axis=1))
-        return a / (a + b)
+            hits: Ints = np.bitwise_count(self._memory["hits"][rows]).sum(axis=1, dtype=np.int64)
+            return hits / self._memory["visits"][rows].astype(np.float64)
+        a, b = self._posterior(rows)
+        if self.statistic == "pass_rate":
+            return a / (a + b)
+        none_right = np.ones(rows.size)
+        for j in range(self.k):
+            none_right *= (b + j) / (a + b + j)
+        return 1.0 - none_right
+
+    def _rebin(self, rows: Ints) -> Ints:
+        estimate, present = self._estimate(rows), self._memory["bin"][rows].astype(np.int64)
+        free = self.edges.searchsorted(estimate, side="right")
+        if self.confidence is not None:
+            return np.where((present < 0) | self._excluded(rows, present), free, present)
+        if self.hysteresis == 0:
+            return free
+        up = self.edges.searchsorted(estimate - self.hysteresis, side="right")
+        down = self.edges.searchsorted(estimate + self.hysteresis, side="right")
+        return np.where(present < 0, free, np.clip(present, up, down))
+
+    def _excluded(self, rows: Ints, bins: Ints) -> NDArray[np.bool_]:
+        """Whether M_n(p) >= 1/δ throughout the bin: at its point nearest to c/n, where M_n is least."""
+        from scipy.special import betaln, xlog1py, xlogy
+
+        c, wrong = self._memory["successes"][rows], self._memory["failures"][rows]
+        nearest = np.minimum(np.maximum(c / (c + wrong), self._bounds[bins]), self._bounds[bins + 1])
+        log_mixture = betaln(self.prior[0] + c, self.prior[1] + wrong) - betaln(*self.prior)
+        log_m = log_mixture - xlogy(c, nearest) - xlog1py(wrong, -nearest)
+        return np.asarray(log_m >= -np.log(self.confidence or 1.0))
+
+
+def _plain(name: Any) -> Any:
+    """An id that JSON keeps; a list there was a tuple."""
+    if isinstance(name, np.generic):
+        name = name.item()
+    if isinstance(name, list | tuple):
+        return tuple(map(_plain, name))
+    if type(name) not in (str, int, float, bool, type(None)):
+        raise ValueError(f"ids must be strings, numbers, None or tuples of them to be saved, got {name!r}")
+    return name
+
+
+def _packed(array: NDArray[Any]) -> str:
+    return b64encode(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()).decode()
+
+
+def _unpacked(name: str, text: str, kind: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    try:
+        return np.frombuffer(b64decode(text, validate=True), dtype=kind.newbyteorder("<")).reshape(shape)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be base64 of {kind}, shape {shape}, got {str(text)[:40]!r}: {error}") from None

@@ -9,8 +9,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from gdro_core._validate import Floats, choice, floats, integer, integers, number, state
+from gdro_core.ambiguity import chi_square, cvar, entropic
+from gdro_core.bandits import Hedge
 
 PAYOFFS = ("error", "learnability", "surrogate")
+GREATEST = {"error": 1.0, "learnability": 2.0}  # learnability reaches 2 at one success of two
+ADVERSARIES = ("entropic", "cvar", "chi-square", "hedge", "exp3-ix")
 
 
 def prompt_payoff(name: str, correct: ArrayLike, trials: ArrayLike) -> Floats:
@@ -38,19 +42,35 @@ def prompt_payoff(name: str, correct: ArrayLike, trials: ArrayLike) -> Floats:
 
 
 class PromptGDRO:
-    r"""Entropic adversary over bins; the learner meets it as weights on prompts.
+    r"""An adversary over difficulty bins; the learner meets it as weights on prompts.
 
-        S_b <- (1 - beta) S_b + beta l_b          l_b: mean payoff of the bin's prompts; bins present only (Eq. 12)
-        q_b  = (1 - gamma) r_b e^{eta S_b} / sum_j r_j e^{eta S_j} + gamma r_b      (Eq. 14-15; Lemma 4.1, reference r)
-        w_b  = min(q_b / p_b, max_weight)         p_b = running share of bin b among the prompts drawn
+        w_b = min(q_b / p_b, max_weight),    q = (1 - gamma) q* + gamma r      (Eq. 15)
 
-    With r = p (`reference="share"`) the weight is e^{eta S_b} / sum_j p_j e^{eta S_j}: the adversary of the
-    KL-regularised game around the data distribution, where rare bins are not inflated. With `reference="uniform"` it is
-    the paper's entropy-regularised adversary over bins, applied by importance q_b / p_b, so that the learner really
-    optimises sum_b q_b L_b (F9). Either way a bin's weight depends on past batches only, never on what else is in
-    the present one; its mean over prompts drawn with shares p is 1 while no weight is capped. S is debiased by its
-    accumulated weight, so a bin starts at its first payoff; a bin never observed is interpolated linearly between its
-    nearest observed neighbours (bins are ordered), so that its first prompts are not taken for average ones.
+    with p_b the running share of bin b among the prompts drawn, r a reference mixture, and q* the adversary's play,
+
+    - `"entropic"` (published): q*_b ~ r_b e^{eta S_b} (Eq. 14, Lemma 4.1), the best response to the score
+      S_b <- (1 - beta) S_b + beta l_b of the mean payoff l_b of the bin's prompts (Eq. 12), bins present only. At fixed
+      eta it tracks: q* cannot reach a vertex and its regret against a fixed bin is linear (F4).
+    - `"cvar"`: q <= r / alpha, `"chi-square"`: D(q || r) <= rho; best responses to the same score (module
+      `ambiguity`).
+    - `"hedge"`: q*_b ~ e^{-eta L_b} on losses cumulated over all rounds, no-regret (theorem 4). A bin is observed when
+      the batch holds one of its prompts, which has probability o_b = 1 - (1 - p_b)^N, so that
+
+          L_b <- L_b + 1{b present} (c - l_b) / o_b,     c the greatest payoff,
+
+      is unbiased but for the estimate of p_b (`Hedge` states both errors): a rare bin is not forgotten while absent.
+    - `"exp3-ix"`: the same with o_b + eta/2, implicit exploration (Kocak et al. 2014; Neu 2015): a little bias for a
+      bounded variance, and a bound with high probability.
+
+    With r = p (`reference="share"`) the game is around the data: w_b = e^{eta S_b} / sum_j p_j e^{eta S_j} for the
+    entropic adversary, and rare bins are not inflated. With `reference="uniform"` bins count the same whatever their
+    share, applied by importance q_b / p_b, so that the learner really optimises sum_b q_b L_b (F9). Either way a bin's
+    weight depends on past batches only, never on what else is in the present one; its mean over prompts drawn with
+    shares p is 1 while no weight is capped.
+
+    S is debiased by its accumulated weight, so a bin starts at its first payoff; a bin never observed is interpolated
+    linearly between its nearest observed neighbours (bins are ordered), so that its first prompts are not taken for
+    average ones.
 
     With `weighting="published"`: w_b = min(e^{eta S_b}, max_weight) unnormalised (Eq. 16), S_0 = 0 without debiasing,
     r uniform; `share_normalised` divides l_b by the bin's share in the batch, floored at 0.01.
@@ -61,8 +81,11 @@ class PromptGDRO:
     Args:
         num_bins: B.
         payoff: `"error"`, `"learnability"` (`prompt_payoff`) or `"surrogate"` (Eq. 7, blind to difficulty: F1).
-        step_size: eta >= 0; 0 gives weights r_b / p_b.
-        ema: beta in (0, 1].
+        adversary: see above; `"hedge"` and `"exp3-ix"` need a bounded payoff and the uniform reference.
+        step_size: eta >= 0, > 0 for `"hedge"` and `"exp3-ix"`; `Hedge.for_horizon(B, T).step_size` has the theorem's.
+        alpha: tail fraction of `"cvar"` in (0, 1].
+        rho: radius of `"chi-square"`, >= 0.
+        ema: beta in (0, 1], of scores and shares.
         exploration: gamma in [0, 1].
         max_weight: cap on a weight, >= 1.
         reference: `"share"` or `"uniform"`.
@@ -80,7 +103,10 @@ class PromptGDRO:
         num_bins: int,
         *,
         payoff: str = "error",
+        adversary: str = "entropic",
         step_size: float = 2.0,
+        alpha: float = 0.5,
+        rho: float = 0.5,
         ema: float = 0.12,
         exploration: float = 0.0,
         max_weight: float = 15.0,
@@ -90,7 +116,10 @@ class PromptGDRO:
     ) -> None:
         self.num_bins = integer("num_bins", num_bins, 1)
         self.payoff = choice("payoff", payoff, PAYOFFS)
+        self.adversary = choice("adversary", adversary, ADVERSARIES)
         self.step_size = number("step_size", step_size, 0.0)
+        self.alpha = number("alpha", alpha, 0.0, 1.0, open_low=True)
+        self.rho = number("rho", rho, 0.0)
         self.ema = number("ema", ema, 0.0, 1.0, open_low=True)
         self.exploration = number("exploration", exploration, 0.0, 1.0)
         self.max_weight = number("max_weight", max_weight, 1.0)
@@ -99,8 +128,19 @@ class PromptGDRO:
         self.share_normalised = bool(share_normalised)
         if self.weighting == "importance" and self.share_normalised:
             raise ValueError('share_normalised must be False unless weighting is "published", got True')
-        if self.weighting == "published" and self.reference != "uniform":
-            raise ValueError(f'reference must be "uniform" with weighting "published", got {self.reference!r}')
+        if self.weighting == "published" and (self.reference, self.adversary) != ("uniform", "entropic"):
+            raise ValueError(
+                'reference and adversary must be "uniform" and "entropic" with weighting "published", '
+                f"got {self.reference!r} and {self.adversary!r}"
+            )
+        self._hedge: Hedge | None = None
+        if self.adversary in ("hedge", "exp3-ix"):
+            if self.payoff == "surrogate" or self.reference != "uniform":
+                raise ValueError(
+                    f'adversary "{self.adversary}" needs payoff "error" or "learnability" and reference "uniform", '
+                    f"got {self.payoff!r} and {self.reference!r}"
+                )
+            self._hedge = Hedge(self.num_bins, self.step_size)
         self._score, self._score_weight = np.zeros(self.num_bins), np.zeros(self.num_bins)
         self._share, self._share_weight = np.zeros(self.num_bins), 0.0
 
@@ -117,21 +157,28 @@ class PromptGDRO:
 
     @property
     def share(self) -> Floats:
-        """(B,) p_b, running share of each bin among the prompts drawn; uniform before the first batch."""
+        """(B,) p_b > 0, running share of each bin among the prompts drawn; uniform before the first batch.
+
+        Never 0 (at least about 1e-100), so that q_b / p_b tells the weight of a bin whose first prompts arrive.
+        """
         if self._share_weight == 0:
             return np.full(self.num_bins, 1.0 / self.num_bins)
-        return self._share / self._share_weight
+        share = np.maximum(self._share / self._share_weight, 1e-100)
+        return np.asarray(share / share.sum())
 
     @property
     def probabilities(self) -> Floats:
         """(B,) q_b, the adversary's mixture over bins (Eq. 15)."""
-        with np.errstate(divide="ignore"):  # log 0 = -inf: a bin without share has no mass under reference "share"
-            log_reference = np.log(
-                self.share if self.reference == "share" else np.full(self.num_bins, 1 / self.num_bins)
-            )
-        logits = self.step_size * self.scores + log_reference
-        tilted = np.exp(logits - np.logaddexp.reduce(logits))
-        return np.asarray((1.0 - self.exploration) * tilted + self.exploration * np.exp(log_reference))
+        r = self.share if self.reference == "share" else np.full(self.num_bins, 1.0 / self.num_bins)
+        if self._hedge is not None:
+            play = self._hedge.probabilities
+        elif self.adversary == "cvar":
+            play = cvar(self.scores, self.alpha, r).q
+        elif self.adversary == "chi-square":
+            play = chi_square(self.scores, self.rho, r).q
+        else:
+            play = entropic(self.scores, self.step_size, r).q
+        return np.asarray((1.0 - self.exploration) * play + self.exploration * r)
 
     @property
     def bin_weights(self) -> Floats:
@@ -140,15 +187,8 @@ class PromptGDRO:
             ratio = np.exp(np.minimum(self.step_size * self.scores, 700.0))  # e^700 is still finite; the cap is below
         elif self._share_weight == 0:
             ratio = np.ones(self.num_bins)
-        elif self.reference == "share":
-            with np.errstate(divide="ignore"):
-                log_mean = np.logaddexp.reduce(self.step_size * self.scores + np.log(self.share))
-            ratio = np.exp(np.minimum(self.step_size * self.scores - log_mean, 700.0))
-            ratio = (1.0 - self.exploration) * ratio + self.exploration
         else:
-            q, p = self.probabilities, self.share
-            with np.errstate(over="ignore"):
-                ratio = np.divide(q, p, out=np.full_like(q, np.inf), where=p > 0)  # a bin never drawn is capped
+            ratio = self.probabilities / self.share
         return np.asarray(np.clip(ratio, 1e-300, self.max_weight))  # > 0, so that a batch of one bin can have mean 1
 
     def weights(self, bins: ArrayLike) -> Floats:
@@ -164,7 +204,8 @@ class PromptGDRO:
             payoff: (N,) payoff of each prompt, from `prompt_payoff` or the update's prompt losses.
         """
         b = integers("bins", bins, (-1,), -1, self.num_bins - 1)
-        gains = floats("payoff", payoff, b.shape)
+        low, greatest = (-np.inf, np.inf) if self._hedge is None else (0.0, GREATEST[self.payoff])
+        gains = floats("payoff", payoff, b.shape, low, greatest)
         gains, b = gains[b >= 0], b[b >= 0]
         if b.size == 0:
             return
@@ -172,12 +213,18 @@ class PromptGDRO:
         there = size > 0
         mean = np.bincount(b, weights=gains, minlength=self.num_bins)[there] / size[there]
         share = size / b.size
+        self._share += self.ema * (share - self._share)
+        self._share_weight += self.ema * (1.0 - self._share_weight)
+        if self._hedge is not None:
+            chance = -np.expm1(b.size * np.log1p(-np.minimum(self.share[there], 1.0 - 1e-16)))  # o_b
+            implicit = self.step_size / 2.0 if self.adversary == "exp3-ix" else 0.0
+            losses = np.zeros(self.num_bins)
+            losses[there] = (greatest - mean) / (chance + implicit)
+            self._hedge.update(losses)
         if self.share_normalised:
             mean = mean / np.maximum(share[there], 0.01)
         self._score[there] += self.ema * (mean - self._score[there])
         self._score_weight[there] += self.ema * (1.0 - self._score_weight[there])
-        self._share += self.ema * (share - self._share)
-        self._share_weight += self.ema * (1.0 - self._share_weight)
 
     def state_dict(self) -> dict[str, Any]:
         """Settings and memory as plain lists and numbers."""
@@ -187,6 +234,7 @@ class PromptGDRO:
             "score_weight": self._score_weight.tolist(),
             "share": self._share.tolist(),
             "share_weight": float(self._share_weight),
+            "hedge": None if self._hedge is None else self._hedge.state_dict(),
         }
 
     def load_state_dict(self, found: Mapping[str, Any]) -> None:
@@ -197,9 +245,14 @@ class PromptGDRO:
         score_weight = floats("score_weight", found["score_weight"], shape, 0.0, 1.0)
         share = floats("share", found["share"], shape, 0.0, 1.0)
         share_weight = number("share_weight", found["share_weight"], 0.0, 1.0)
+        if self._hedge is not None:
+            self._hedge.load_state_dict(found["hedge"])
         self._score, self._score_weight = score.copy(), score_weight.copy()
         self._share, self._share_weight = share.copy(), share_weight
 
     def _settings(self) -> dict[str, Any]:
-        names = ("num_bins", "payoff", "step_size", "ema", "exploration", "max_weight", "reference", "weighting")
-        return {"version": 1, **{name: getattr(self, name) for name in (*names, "share_normalised")}}
+        names = ("num_bins", "payoff", "adversary", "step_size", "alpha", "rho", "ema", "exploration", "max_weight")
+        return {
+            "version": 1,
+            **{name: getattr(self, name) for name in (*names, "reference", "weighting", "share_normalised")},
+        }

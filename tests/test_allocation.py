@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from scipy.stats import chisquare
 
-from gdro_core import exact_budget_allocation, greedy_allocation, sqrt_allocation
+from gdro_core import (
+    allocation_marginals,
+    exact_budget_allocation,
+    greedy_allocation,
+    path_learning_rate,
+    path_regret_bound,
+    sample_budget_allocation,
+    sqrt_allocation,
+)
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -33,7 +41,7 @@ def summed_variance(counts, variance, share):
 
 
 @given(SEEDS)
-def test_sqrt_law_has_the_closed_form_of_theorem_4_2(seed):
+def test_theorem_2_square_root_law_has_the_closed_form_of_theorem_4_2(seed):
     """Without active bounds n_b = n_bar sqrt(v_b) / sum_j q_j sqrt(v_j) (Eq. 30)."""
     rng = np.random.default_rng(seed)
     variance, share = rng.gamma(0.5, size=6), rng.dirichlet(np.ones(6))
@@ -42,7 +50,7 @@ def test_sqrt_law_has_the_closed_form_of_theorem_4_2(seed):
 
 
 @given(SEEDS)
-def test_sqrt_allocation_meets_the_kkt_conditions(seed):
+def test_theorem_2_sqrt_allocation_meets_the_kkt_conditions(seed):
     """Feasible, budget exact, and no bin that could take has a larger marginal v/n^2 than a bin that could give."""
     variance, budget, box = boxed_instance(np.random.default_rng(seed))
     counts = sqrt_allocation(variance, budget, **box)
@@ -56,7 +64,7 @@ def test_sqrt_allocation_meets_the_kkt_conditions(seed):
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_sqrt_allocation_agrees_with_slsqp(seed):
+def test_theorem_2_sqrt_allocation_agrees_with_slsqp(seed):
     """A generic constrained solver finds no better point, and the same one."""
     rng = np.random.default_rng(seed)
     variance, budget, box = boxed_instance(rng)
@@ -79,7 +87,7 @@ def test_sqrt_allocation_agrees_with_slsqp(seed):
 
 
 @given(SEEDS)
-def test_sqrt_allocation_is_the_only_minimiser(seed):
+def test_theorem_2_sqrt_allocation_is_the_only_minimiser(seed):
     """A step from it towards any other feasible point raises the objective, however short the step."""
     rng = np.random.default_rng(seed)
     variance, budget, box = boxed_instance(rng)
@@ -205,7 +213,7 @@ def brute_force(table, size, low):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_greedy_is_dynamic_program_is_brute_force_on_concave_rows(seed):
+def test_theorem_3_greedy_is_dynamic_program_is_brute_force_on_concave_rows(seed):
     """Theory test 3 with unit costs: one optimal value and an exact budget, at every feasible budget."""
     rng = np.random.default_rng(seed)
     for _ in range(8):
@@ -221,7 +229,7 @@ def test_greedy_is_dynamic_program_is_brute_force_on_concave_rows(seed):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_dynamic_program_is_brute_force_on_any_rows(seed):
+def test_theorem_3_dynamic_program_is_brute_force_on_any_rows(seed):
     """Theory test 3 with bin sizes as costs, no concavity, empty bins: exact at every feasible budget ..."""
     rng = np.random.default_rng(seed)
     for _ in range(6):
@@ -331,3 +339,245 @@ def test_exact_budget_refuses(table, size, budget, low, message):
     """Errors name argument, rule and value."""
     with pytest.raises(ValueError, match=message):
         exact_budget_allocation(table, size, budget, min_rollouts=low)
+
+
+def all_arms(bins, arms):
+    """(A^B, B) every choice of one arm per bin."""
+    return np.indices((arms,) * bins).reshape(bins, -1).T
+
+
+def gibbs_by_enumeration(log_weights, size, budget, low):
+    """The paths that meet the budget, (N, B) arms, and their probabilities (N,)."""
+    arms = all_arms(*log_weights.shape)
+    arms = arms[(arms + low) @ size == budget]
+    energy = log_weights[np.arange(len(size)), arms].sum(axis=1)
+    weight = np.exp(energy - energy.max()) if energy.size and energy.max() > -np.inf else np.zeros(energy.size)
+    return arms, weight / max(weight.sum(), 1e-300)
+
+
+def marginals_by_enumeration(arms, probability, shape):
+    found = np.zeros(shape)
+    for b in range(shape[0]):
+        np.add.at(found[b], arms[:, b], probability)
+    return found
+
+
+@given(SEEDS)
+def test_theorem_6_sampled_allocations_have_the_gibbs_marginals_of_enumeration(seed):
+    """Theorem 6, 2000 instances in all: exact marginals, feasible draws of positive weight, the same refusals."""
+    rng = np.random.default_rng(seed)
+    for _ in range(20):
+        bins, arms, low = int(rng.integers(1, 5)), int(rng.integers(1, 6)), int(rng.integers(0, 3))
+        table = rng.normal(scale=rng.choice([0.1, 1, 20]), size=(bins, arms))
+        table[rng.random(table.shape) < 0.15] = -np.inf
+        size = rng.integers(0, 5, bins) * int(rng.choice([1, 1, 3]))
+        budget = int(size @ (low + rng.integers(0, arms, bins)))
+        if rng.random() < 0.1:  # often infeasible
+            budget = int(rng.integers(0, 40))
+        paths, probability = gibbs_by_enumeration(table, size, budget, low)
+        if not probability.any():
+            message = "log_weights must allow" if len(paths) else f"budget {budget} cannot be met by .*nearest feasible"
+            with pytest.raises(ValueError, match=message):
+                sample_budget_allocation(table, size, budget, min_rollouts=low, rng=rng)
+            continue
+        counts, marginals = sample_budget_allocation(table, size, budget, min_rollouts=low, rng=rng, samples=4)
+        np.testing.assert_allclose(
+            marginals, marginals_by_enumeration(paths, probability, table.shape), rtol=1e-9, atol=1e-300
+        )
+        np.testing.assert_array_equal(marginals, allocation_marginals(table, size, budget, min_rollouts=low))
+        assert (counts @ size == budget).all()
+        assert (marginals[np.arange(bins), counts - low] > 0).all()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_theorem_6_sampled_allocations_are_drawn_from_the_gibbs_distribution(seed):
+    """Chi-square over all feasible allocations; one draw is the first of many with the same seed."""
+    rng = np.random.default_rng(seed)
+    table, size = rng.normal(size=(4, 3)), rng.integers(1, 4, 4)
+    budget = int(size.sum() * 2)
+    problem = {"log_weights": table, "size": size, "budget": budget, "min_rollouts": 1}
+    paths, probability = gibbs_by_enumeration(table, size, budget, 1)
+    draws, _ = sample_budget_allocation(**problem, rng=rng, samples=20000)
+    seen = np.array([(draws == path + 1).all(axis=1).sum() for path in paths])
+    assert len(paths) > 4
+    assert seen.sum() == 20000
+    assert chisquare(seen, 20000 * probability).pvalue > 1e-4  # of six
+    one, many = (sample_budget_allocation(**problem, rng=np.random.default_rng(7), samples=n)[0] for n in (None, 1))
+    np.testing.assert_array_equal(one, many[0])
+
+
+@given(SEEDS)
+def test_gibbs_at_low_temperature_is_the_dynamic_program(seed):
+    """One sweep in two semirings: weights e^{U/T} for T -> 0 put all mass on the maximiser."""
+    rng = np.random.default_rng(seed)
+    table, size = rng.normal(size=(5, 4)), rng.integers(0, 6, 5)
+    budget = int(size @ rng.integers(1, 5, 5))
+    best = exact_budget_allocation(table, size, budget, min_rollouts=1)
+    counts, marginals = sample_budget_allocation(1e9 * table, size, budget, min_rollouts=1, rng=rng)
+    used = size > 0  # the count of an empty bin is free, and its best arm wins
+    np.testing.assert_array_equal(counts[used], best[used])
+    np.testing.assert_allclose(marginals[np.arange(5), counts - 1], 1.0)
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        ([[1e300, 0, -1e300], [0, 0, 0]], [[1, 0, 0], [0, 0, 1]]),
+        ([[-1e300, 0, -1e300], [-1e300, 1, 5e299]], [[0, 1, 0], [0, 1, 0]]),
+        ([[-np.inf, 0, 5], [0, -np.inf, 0]], [[0, 0, 1], [1, 0, 0]]),
+        ([[-np.inf, -np.inf, -700], [-700, 0, 0]], [[0, 0, 1], [1, 0, 0]]),
+        ([[-1000, -1000, -1000], [5000, 5000, 5000]], np.full((2, 3), 1 / 3)),
+        ([[800, 0, 0], [0, 0, 800]], [[1, 0, 0], [0, 0, 1]]),
+    ],
+)
+def test_gibbs_weights_may_be_extreme(table, expected):
+    """1e300 apart, forbidden, or far beyond the exponent of a float: no overflow, no NaN, no warning."""
+    marginals = allocation_marginals(table, [1, 1], 4, min_rollouts=1)
+    np.testing.assert_allclose(marginals, expected, atol=1e-300)
+
+
+def test_gibbs_over_many_bins():
+    """300 bins have more paths than a float holds; marginals still add up to 1 and to the budget."""
+    table, size = np.zeros((300, 11)), np.ones(300)
+    for budget, mean in ((600, 2), (2100, 7), (3600, 12)):
+        counts, marginals = sample_budget_allocation(
+            table, size, budget, min_rollouts=2, rng=np.random.default_rng(0), samples=3
+        )
+        assert (counts.sum(axis=1) == budget).all()
+        np.testing.assert_allclose(marginals.sum(axis=1), 1.0)
+        np.testing.assert_allclose(marginals @ np.arange(2, 13), mean)
+
+
+@pytest.mark.parametrize(
+    ("table", "size", "budget", "options", "message"),
+    [
+        (np.zeros((0, 3)), [], 0, {}, "log_weights must have at least one row"),
+        (np.zeros(3), [1], 2, {}, "log_weights must have shape"),
+        (OK, [1], 4, {}, "size must have shape"),
+        (OK, [1, 1], 4, {"samples": 0}, "samples must be an integer >= 1, got 0"),
+        (OK, [1, 1], -4, {}, "budget must be an integer >= 0, got -4"),
+        ([[0.0, np.inf]], [1], 2, {}, "log_weights must hold .*inf"),
+        ([[0.0, np.nan]], [1], 2, {}, "log_weights must hold .*nan"),
+        ([[0.0, 1e301]], [1], 2, {}, r"log_weights must hold finite numbers in \[-1e\+300, 1e\+300\], got 1e\+301"),
+        (
+            [[0.0, -np.inf]],
+            [1],
+            2,
+            {},
+            "log_weights must allow an allocation that meets the budget 2, got -inf for all",
+        ),
+        (OK, [3, 3], 7, {}, "budget 7 cannot be met by 1..3 .*; nearest feasible: 6 and 9"),
+        (OK, [3, 3], 2, {}, "budget 2 cannot be met by 1..3 .*; nearest feasible: 6$"),
+        (OK, [3, 3], 19, {}, "budget 19 cannot be met by 1..3 .*; nearest feasible: 18$"),
+    ],
+)
+def test_sampling_refuses(table, size, budget, options, message):
+    """Errors name argument, rule and value."""
+    with pytest.raises(ValueError, match=message):
+        sample_budget_allocation(table, size, budget, min_rollouts=1, rng=np.random.default_rng(0), **options)
+
+
+BINS, ARMS, REPLICATES = 4, 3, 200
+PATHS = all_arms(BINS, ARMS)[all_arms(BINS, ARMS).sum(axis=1) == 4]  # 19 ways to spend 8 on 4 prompts, 1..3 each
+MEMBER = (PATHS[:, :, None] == np.arange(ARMS)).reshape(len(PATHS), -1).astype(float)  # (paths, B A)
+
+
+def iid_losses(rng, horizon):
+    """Coins: the best path in hindsight gains sqrt(T) by luck alone."""
+    while True:
+        yield rng.integers(0, 2, (REPLICATES, BINS * ARMS)).astype(float)
+
+
+def gapped_losses(rng, horizon):
+    """One arm of each bin is better by a gap that is as hard as can be for this horizon."""
+    mean = np.full(BINS * ARMS, 0.5)
+    mean[[0, 4, 8, 10]] -= min(0.4, 2 * np.sqrt(ARMS / horizon))
+    while True:
+        yield (rng.random((REPLICATES, BINS * ARMS)) < mean).astype(float)
+
+
+def drifting_losses(rng, horizon):
+    """What was good in the first half is bad in the second."""
+    for t in range(horizon):
+        best = np.array([0, 4, 8, 10]) if t < horizon / 2 else np.array([1, 5, 6, 11])
+        loss = np.ones((REPLICATES, BINS * ARMS))
+        loss[:, best] = 0.0
+        yield loss
+
+
+def regret_on_paths(losses, feedback, horizon, seed, rates):
+    """(R,) regret of exponential weights on the enumerated paths against the best in hindsight."""
+    rng = np.random.default_rng(seed)
+    estimate, total, paid = np.zeros((REPLICATES, BINS * ARMS)), np.zeros((REPLICATES, BINS * ARMS)), 0.0
+    source = losses(rng, horizon)
+    for t in range(horizon):
+        loss = next(source)
+        logits = -rates[t] * estimate @ MEMBER.T
+        law = np.exp(logits - logits.max(axis=1, keepdims=True))
+        law /= law.sum(axis=1, keepdims=True)
+        marginals = law @ MEMBER
+        paid = paid + (loss * marginals).sum(axis=1)
+        total += loss
+        if feedback == "full":
+            estimate += loss
+        else:
+            path = (law.cumsum(axis=1) < rng.random((REPLICATES, 1))).sum(axis=1).clip(max=len(PATHS) - 1)
+            estimate += loss * MEMBER[path] / marginals
+    return paid - (total @ MEMBER.T).min(axis=1)
+
+
+@pytest.mark.parametrize("losses", [iid_losses, gapped_losses, drifting_losses])
+@pytest.mark.parametrize("feedback", ["full", "bandit"])
+def test_theorem_6_path_regret_is_within_its_bound_and_grows_like_the_square_root(losses, feedback):
+    """Theorem 6 over 200 seeds: on every sequence (full), in the mean (bandit); log-log slope about 1/2."""
+    horizons, means = [100, 400, 1600], []
+    for horizon in horizons:
+        rate = path_learning_rate(horizon, BINS, ARMS, feedback=feedback)
+        regret = regret_on_paths(losses, feedback, horizon, 0, np.full(horizon, rate))
+        bound = path_regret_bound(horizon, BINS, ARMS, feedback=feedback)
+        assert (regret.max() if feedback == "full" else regret.mean()) <= bound
+        means.append(regret.mean())
+    if losses is not drifting_losses:
+        slope = np.polyfit(np.log(horizons), np.log(means), 1)[0]
+        assert 0.4 < slope < 0.6
+
+
+def test_the_decreasing_rate_needs_no_horizon():
+    """Theorem 6: eta_t = path_learning_rate(t) / sqrt(2) keeps the bandit bound times sqrt(2) at every horizon."""
+    rates = [path_learning_rate(t, BINS, ARMS, feedback="bandit") / np.sqrt(2) for t in range(1, 1601)]
+    for losses in (iid_losses, drifting_losses):
+        for horizon in (50, 1600):
+            bound = np.sqrt(2) * path_regret_bound(horizon, BINS, ARMS, feedback="bandit")
+            assert regret_on_paths(losses, "bandit", horizon, 1, rates).mean() <= bound
+
+
+@pytest.mark.parametrize("feedback", ["full", "bandit"])
+def test_path_rate_and_bound_are_the_optimum_of_the_proof(feedback):
+    """bound = min_eta ln N / eta + eta T c, attained at the rate; N <= A^(B-1), exactly so where costs do not bind."""
+    horizon, bins, arms, loss_range = 500, 5, 4, 3.0
+    log_paths = (bins - 1) * np.log(arms)
+    scale = (bins * loss_range) ** 2 * (1 / 8 if feedback == "full" else arms / 2)
+    etas = np.geomspace(1e-4, 1, 20001)
+    values = log_paths / etas + etas * horizon * scale
+    setting = {"feedback": feedback, "loss_range": loss_range}
+    assert path_regret_bound(horizon, bins, arms, **setting) == pytest.approx(values.min(), rel=1e-6)
+    assert path_learning_rate(horizon, bins, arms, **setting) == pytest.approx(etas[values.argmin()], rel=1e-3)
+    assert path_regret_bound(horizon, 1, arms, **setting) == 0.0  # one bin has one path
+    assert len(PATHS) <= ARMS ** (BINS - 1)
+
+
+@pytest.mark.parametrize("function", [path_learning_rate, path_regret_bound])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"horizon": 0}, "horizon must be an integer >= 1, got 0"),
+        ({"bins": 0}, "bins must be an integer >= 1, got 0"),
+        ({"arms": 1.5}, "arms must be an integer >= 1, got 1.5"),
+        ({"feedback": "half"}, "feedback must be one of 'full', 'bandit', got 'half'"),
+        ({"loss_range": 0.0}, "loss_range must lie in .*0.0"),
+    ],
+)
+def test_path_bounds_refuse(function, change, message):
+    """Errors name argument, rule and value."""
+    with pytest.raises(ValueError, match=message):
+        function(**{"horizon": 10, "bins": 2, "arms": 3, "feedback": "full", **change})

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import reduce
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gdro_core import GDROController, OnlineDifficultyClassifier, PromptGDRO, RolloutGDRO
+from gdro_core import GDROController, Observation, OnlineDifficultyClassifier, PromptGDRO, RolloutGDRO
 
 IDS = [f"task/{i}" for i in range(40)]
 PASS_RATE = np.linspace(0.02, 0.98, 40)
@@ -259,7 +260,15 @@ BAD_CALLS = [
     (lambda c, plan: c.observe(plan, [-1.0] + [1.0] * 39), "rewards must hold .*-1"),
     (lambda c, plan: c.observe_losses(plan, np.zeros(9)), "losses must have shape"),
     (lambda c, plan: c.observe_losses(plan, [np.inf] + [0.0] * 9), "losses must hold finite numbers, got inf"),
-    (lambda c, plan: c.metrics(plan, np.full(10, 2.0)), "mean_reward must hold .*2.0"),
+    (lambda c, plan: c.observe(plan, Observation.of(c.plan(IDS[:9]), np.ones(36))), "observation of this plan"),
+    (lambda c, plan: Observation.of(plan, [1.0], rows=[40]), "rows must hold .*40"),
+    (lambda c, plan: Observation.of(plan, [1.0, 1.0], rows=[3, 3]), "rows must be distinct"),
+    (lambda c, plan: Observation.of(plan, [1.0, 1.0], rows=[3]), r"rewards must have shape \(1,\).*\(2,\)"),
+    (lambda c, plan: Observation.of(plan, np.ones(40)).merge(Observation.of(plan, [1], [0])), "too many of 'task/0'"),
+    (
+        lambda c, plan: Observation.of(plan, [1], [0]).merge(Observation.of(c.plan(IDS[1:11]), [1], [1])),
+        "observations must be of one plan",
+    ),
 ]
 
 
@@ -366,3 +375,45 @@ def test_construction_refuses(build, message):
     """Errors name argument, rule and value."""
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@every_controller
+@given(seed=st.integers(0, 2**32 - 1), workers=st.integers(1, 5))
+def test_theorem_12_parts_merge_in_any_order_into_what_one_worker_sees(make, seed, workers):
+    """Merging is commutative and associative, and a merged batch teaches exactly what the whole batch teaches."""
+    rng = np.random.default_rng(seed)
+    whole, merged = trained(make, steps=2), trained(make, steps=2)
+    plan = whole.plan(IDS[:12])
+    rewards = rng.integers(0, 2, plan.counts.sum()).astype(float)
+    worker = rng.integers(0, workers, rewards.size)  # some may hold nothing
+    parts = [Observation.of(plan, rewards[worker == w], np.flatnonzero(worker == w)) for w in range(workers)]
+    left = reduce(Observation.merge, parts)
+    order = rng.permutation(workers)
+    right = reduce(lambda later, earlier: parts[earlier].merge(later), order[1:], parts[order[0]])
+    for found in (left, right):
+        np.testing.assert_array_equal(found.correct, Observation.of(plan, rewards).correct)
+        np.testing.assert_array_equal(found.trials, plan.counts)
+    assert merged.observe(merged.plan(IDS[:12]), right) == whole.observe(plan, rewards)
+    assert merged.state_dict() == whole.state_dict()
+
+
+def test_theorem_12_a_part_of_a_batch_teaches_about_its_prompts_alone():
+    """Prompts without a graded rollout stay as they were; the others count the rollouts that came."""
+    controller = GDROController.recommended(4)
+    plan = controller.plan(["a", "b"])
+    metrics = controller.observe(plan, Observation.of(plan, [1, 0, 1], rows=[0, 1, 2]))
+    assert controller.classifier.posterior(["a"]) == (2.5, 1.5)
+    assert controller.classifier.bins(["a", "b"]).tolist() == [6, -1]
+    assert metrics["unseen_share"] == 1.0
+
+
+def test_theorem_12_late_observations_leave_the_same_difficulty():
+    """Plans made before earlier batches came back are observed as if they had been made in turn."""
+    late, prompt = GDROController.uniform(4), GDROController.uniform(4)
+    batches = [IDS[:8], IDS[8:16], IDS[:8]]
+    rewards = np.random.default_rng(0).integers(0, 2, (3, 32)).astype(float)
+    plans = [late.plan(ids) for ids in batches]
+    for ids, plan, reward in zip(batches, plans, rewards, strict=True):
+        late.observe(plan, reward)
+        prompt.observe(prompt.plan(ids), reward)
+    assert late.state_dict() == prompt.state_dict()

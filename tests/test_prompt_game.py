@@ -12,9 +12,11 @@ from scipy.optimize import minimize
 from scipy.special import logsumexp, softmax, xlogy
 from scipy.stats import binom
 
-from gdro_core import PromptGDRO, prompt_payoff
+from gdro_core import PromptGDRO, chi_square, cvar, prompt_payoff
 
 SEEDS = st.integers(0, 2**32 - 1)
+HEDGE = {"adversary": "hedge", "reference": "uniform"}
+IX = {"adversary": "exp3-ix", "reference": "uniform"}
 PUBLISHED = {"weighting": "published", "reference": "uniform", "step_size": 0.65, "exploration": 0.01}
 
 
@@ -38,7 +40,7 @@ def regularised(q, game, reference):
 
 @pytest.mark.parametrize("reference", ["share", "uniform"])
 @given(seed=SEEDS)
-def test_q_is_the_maximiser_of_lemma_4_1(reference, seed):
+def test_theorem_1_q_is_the_maximiser_of_lemma_4_1(reference, seed):
     """q maximises sum q S - KL(q || r)/eta, with value (1/eta) log sum r e^(eta S); the hard maximum is near.
 
     For uniform r, sum q S + H(q)/eta differs by the constant log(B)/eta, the bound of the lemma.
@@ -57,7 +59,7 @@ def test_q_is_the_maximiser_of_lemma_4_1(reference, seed):
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("reference", ["share", "uniform"])
-def test_q_agrees_with_a_numerical_maximiser_and_is_the_gradient(reference, seed):
+def test_theorem_1_q_agrees_with_a_numerical_maximiser_and_is_the_gradient(reference, seed):
     """Lemma 4.1 by a generic solver over the simplex, and its gradient d value / d S = q by finite differences."""
     rng = np.random.default_rng(seed)
     game = played(rng, reference=reference)
@@ -74,11 +76,15 @@ def test_q_agrees_with_a_numerical_maximiser_and_is_the_gradient(reference, seed
 
 
 @pytest.mark.parametrize("reference", ["share", "uniform"])
+@pytest.mark.parametrize("adversary", ["entropic", "cvar", "chi-square", "hedge", "exp3-ix"])
 @given(seed=SEEDS, exploration=st.sampled_from([0.0, 0.1, 1.0]))
-def test_importance_weights_turn_the_shares_into_q(reference, seed, exploration):
+def test_importance_weights_turn_the_shares_into_q(adversary, reference, seed, exploration):
     """F9: p_b w_b = q_b, so the weights have mean 1 under the running share while none is capped."""
-    game = played(np.random.default_rng(seed), reference=reference, exploration=exploration, max_weight=1e6)
-    np.testing.assert_allclose(game.share * game.bin_weights, game.probabilities, rtol=1e-9)
+    if adversary in ("hedge", "exp3-ix"):
+        reference = "uniform"
+    options = {"adversary": adversary, "reference": reference, "exploration": exploration}
+    game = played(np.random.default_rng(seed), max_weight=1e6, **options)
+    np.testing.assert_allclose(game.share * game.bin_weights, game.probabilities, rtol=1e-9, atol=1e-290)
     assert game.share @ game.bin_weights == pytest.approx(1.0, rel=1e-9)
     assert game.probabilities.sum() == pytest.approx(1.0, rel=1e-12)
 
@@ -130,11 +136,12 @@ def test_published_scores_are_the_plain_recursion():
     assert game.weights([1]).tolist() == [1.5]
 
 
-@given(SEEDS)
-def test_a_weight_depends_on_the_bin_and_the_past_alone(seed):
+@pytest.mark.parametrize("options", [{}, {"adversary": "cvar"}, {"adversary": "chi-square"}, HEDGE, IX])
+@given(seed=SEEDS)
+def test_a_weight_depends_on_the_bin_and_the_past_alone(options, seed):
     """What else is in the batch changes nothing; unseen prompts weigh 1 and teach nothing."""
     rng = np.random.default_rng(seed)
-    game = played(rng)
+    game = played(rng, **options)
     bins = rng.integers(-1, 4, 30)
     alone = [game.weights([b])[0] for b in bins]
     np.testing.assert_array_equal(game.weights(bins), alone)
@@ -214,6 +221,76 @@ def test_huge_step_sizes_and_payoffs_neither_overflow_nor_vanish(options, scale)
     assert np.isfinite(game.bin_weights).all()
 
 
+@pytest.mark.parametrize("reference", ["share", "uniform"])
+@given(seed=SEEDS, size=st.sampled_from([0.1, 0.4, 0.9]))
+def test_theorem_13_cvar_and_chi_square_play_the_best_response_to_the_scores(reference, seed, size):
+    """q is `ambiguity`'s answer to S around the reference; a bin of no share yet is weighed by its score alone."""
+    for adversary, options, answer in (("cvar", {"alpha": size}, cvar), ("chi-square", {"rho": size}, chi_square)):
+        game = played(np.random.default_rng(seed), adversary=adversary, reference=reference, **options)
+        np.testing.assert_allclose(game.probabilities, answer(game.scores, size, reference_of(game)).q, atol=1e-12)
+    game = PromptGDRO(3, adversary="cvar", alpha=0.5, max_weight=10)
+    game.observe([0, 0, 1, 1], [0.9, 0.9, 0.1, 0.1])
+    np.testing.assert_allclose(game.bin_weights[:2], [2.0, 0.0], atol=1e-9)  # 1 / alpha on the worse half
+    assert game.bin_weights[2] < 1e-9  # level with bin 1, below the tail
+
+
+def rare_bins(options, rounds, seed, share=(0.02, 0.38, 0.6), prompts=16):
+    """A game that met `rounds` batches; the rarest bin has the greatest payoff in the mean. The share is known."""
+    rng = np.random.default_rng(seed)
+    game = PromptGDRO(3, ema=0.01, max_weight=1e6, **options)
+    for _ in range(200):
+        game.observe(rng.choice(3, 1000, p=share), np.zeros(1000))
+    start = game.state_dict()["hedge"]["scores"]
+    earned = 0.0
+    for _ in range(rounds):
+        bins = rng.choice(3, prompts, p=share)
+        earned += float(game.probabilities @ [0.7, 0.5, 0.4])
+        game.observe(bins, (rng.random(prompts) < np.array([0.7, 0.5, 0.4])[bins]).astype(float))
+    moved = np.subtract(game.state_dict()["hedge"]["scores"], start)[0]
+    return game, moved, 0.7 * rounds - earned
+
+
+def test_theorem_4_a_rare_bin_loses_no_payoff_while_it_is_absent():
+    """Hedge's cumulated losses are unbiased for every bin, although the rare one is in 28 % of the batches only."""
+    step = 1e-4  # so small that scores are linear in the losses
+    _, moved, _ = rare_bins({**HEDGE, "step_size": step}, 3000, seed=0)
+    slopes = (moved - moved[1]) / (step * 3000)
+    np.testing.assert_allclose(slopes, [0.2, 0.0, -0.1], atol=0.04)
+
+
+def test_theorem_4_implicit_exploration_damps_the_losses_of_rare_bins_alone():
+    """1 / (o + eta/2) against 1 / o: a bin that is always there is hardly changed, a rare one counts o/(o + eta/2)."""
+    step = 0.5
+    batch = [0] * 1 + [1] * 99
+    games = [PromptGDRO(2, step_size=step, **options) for options in (HEDGE, IX)]
+    fed = []
+    for game in games:
+        game.observe(batch, np.zeros(100))
+        fed.append(np.diff(game.state_dict()["hedge"]["scores"][0])[0])
+    o = 1 - 0.99**100, 1.0
+    assert fed[0] == pytest.approx(step * (1 / o[0] - 1 / o[1]), rel=1e-6)
+    assert fed[1] == pytest.approx(step * (1 / (o[0] + step / 2) - 1 / (o[1] + step / 2)), rel=1e-6)
+
+
+@pytest.mark.parametrize("options", [HEDGE, IX])
+def test_theorem_4_no_regret_against_the_best_bin_where_the_tracking_adversary_has_linear_regret(options):
+    """F4: cumulated losses find the worst bin although it is rare: regret <= ln K / eta + eta T / (2 o_min), slope 1/2.
+
+    The published answer to an average loses the same in every round instead.
+    """
+    horizons, rarest = np.array([300, 900, 2700]), 1 - 0.98**16
+    steps = np.sqrt(2 * np.log(3) / horizons)
+    regret = [
+        np.mean([rare_bins({**options, "step_size": step}, rounds, seed)[2] for seed in range(4)])
+        for rounds, step in zip(horizons, steps, strict=True)
+    ]
+    assert (regret <= np.log(3) / steps + steps * horizons / (2 * rarest)).all()
+    assert 0.35 < np.polyfit(np.log(horizons), np.log(regret), 1)[0] < 0.65
+    tracking = PromptGDRO(3, reference="uniform", step_size=0.65)
+    tracking.observe([0, 1, 2], [0.7, 0.5, 0.4])
+    assert 0.7 - tracking.probabilities @ [0.7, 0.5, 0.4] > 0.1  # per round, whatever T
+
+
 @pytest.mark.parametrize("p", [0.0, 0.2, 0.5, 1.0])
 @pytest.mark.parametrize(("name", "target"), [("error", lambda p: 1 - p), ("learnability", lambda p: 4 * p * (1 - p))])
 def test_payoffs_are_unbiased_and_bounded(name, target, p):
@@ -225,7 +302,9 @@ def test_payoffs_are_unbiased_and_bounded(name, target, p):
         assert (payoff >= 0).all()
 
 
-@pytest.mark.parametrize("options", [{}, {"reference": "uniform"}, PUBLISHED | {"share_normalised": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"reference": "uniform"}, PUBLISHED | {"share_normalised": True}, {"adversary": "cvar"}, HEDGE, IX]
+)
 def test_state_round_trips_through_json(options):
     """A restored game continues bit for bit."""
     original = played(np.random.default_rng(0), **options)
@@ -272,7 +351,13 @@ def test_state_of_another_shape_is_refused(change, message):
         ({"reference": "bins"}, "reference must be one of .*'bins'"),
         ({"weighting": "raw"}, "weighting must be one of .*'raw'"),
         ({"share_normalised": True}, "share_normalised must be False"),
-        ({"weighting": "published"}, "reference must be \"uniform\".*'share'"),
+        ({"weighting": "published"}, "reference and adversary must be \"uniform\".*'share'"),
+        ({"adversary": "minimax"}, "adversary must be one of .*'minimax'"),
+        ({"adversary": "cvar", "alpha": 0.0}, r"alpha must lie in \(0, 1\], got 0.0"),
+        ({"adversary": "chi-square", "rho": -1.0}, "rho must lie in .*-1"),
+        ({"adversary": "hedge"}, "\"hedge\" needs payoff .* reference \"uniform\", got 'error' and 'share'"),
+        ({"adversary": "exp3-ix", "reference": "uniform", "payoff": "surrogate"}, "\"exp3-ix\" needs .*'surrogate'"),
+        ({"adversary": "hedge", "reference": "uniform", "step_size": 0.0}, "step_size must lie in .*0.0"),
     ],
 )
 def test_construction_refuses(options, message):

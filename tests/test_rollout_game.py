@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from itertools import product
+from math import sqrt
 
 import numpy as np
 import pytest
@@ -12,7 +13,15 @@ from hypothesis import strategies as st
 from scipy.special import roots_jacobi
 from scipy.stats import chisquare
 
-from gdro_core import RolloutGDRO, rollout_utility, sqrt_allocation
+from gdro_core import (
+    GDROController,
+    OnlineDifficultyClassifier,
+    PromptGDRO,
+    RolloutGDRO,
+    path_learning_rate,
+    rollout_utility,
+    sqrt_allocation,
+)
 
 SEEDS = st.integers(0, 2**32 - 1)
 GIVEN_P = {  # utility of n rollouts at pass rate p
@@ -20,8 +29,9 @@ GIVEN_P = {  # utility of n rollouts at pass rate p
     "mixed": lambda p, n: 1 - p**n - (1 - p) ** n,
     "hit": lambda p, n: 1 - (1 - p) ** n,
 }
-SURROGATE = {"utility": "surrogate", "granularity": "bin"}
-KINDS = [{"utility": name, "granularity": g} for name in GIVEN_P for g in ("prompt", "bin")] + [SURROGATE]
+SURROGATE = {"utility": "surrogate", "granularity": "bin", "feedback": "published"}
+BANDIT = {"utility": "surrogate", "granularity": "bin", "feedback": "bandit"}
+KINDS = [{"utility": name, "granularity": g} for name in GIVEN_P for g in ("prompt", "bin")] + [SURROGATE, BANDIT]
 
 
 def batch(rng, size, bins=4, unseen=True):
@@ -209,7 +219,7 @@ def test_state_round_trips_through_json(kind):
     for _ in range(3):
         plans = [game.counts(bins, a, b, omega, rng=np.random.default_rng(5)) for game in (original, restored)]
         np.testing.assert_array_equal(*plans)
-        if kind == SURROGATE:
+        if kind in (SURROGATE, BANDIT):
             original.observe(bins, plans[0], rng.normal(size=8))
         restored.load_state_dict(json.loads(json.dumps(original.state_dict())))
         assert restored.state_dict() == original.state_dict()
@@ -221,6 +231,8 @@ def test_state_round_trips_through_json(kind):
         ({"version": 3}, "version = 3"),
         ({"max_rollouts": 7}, "max_rollouts = 7"),
         ({"utility": "hit"}, "utility = 'hit'"),
+        ({"feedback": "bandit"}, "feedback = 'bandit'"),
+        ({"rounds": -1}, "rounds must be an integer >= 0, got -1"),
         ({"scores": [[0.0]]}, "scores must have shape"),
         ({"scores": [[np.inf] * 5] * 4}, "scores must hold finite numbers, got inf"),
         ({"price": {"version": 1, "target": 4.0, "step_size": 0.05, "price": -1.0}}, "price must lie in .*-1"),
@@ -241,7 +253,17 @@ def test_state_of_another_shape_is_refused(change, message):
     ("options", "message"),
     [
         ({"num_bins": 0}, "num_bins must be an integer >= 1, got 0"),
-        ({"min_rollouts": 0}, "min_rollouts must be an integer >= 1, got 0"),
+        ({"min_rollouts": 0}, 'min_rollouts with utility "variance" must be an integer >= 1, got 0'),
+        ({"min_rollouts": 0, **SURROGATE}, 'min_rollouts with utility "surrogate" must be an integer >= 1, got 0'),
+        ({"min_rollouts": -1, "utility": "hit"}, 'min_rollouts with utility "hit" must be an integer >= 0, got -1'),
+        ({"feedback": "none"}, "feedback must be one of .*'none'"),
+        ({"feedback": "bandit"}, 'feedback must be "full" for utility "variance", got \'bandit\''),
+        (
+            {"utility": "surrogate", "granularity": "bin"},
+            'feedback must be "bandit" or "published" for utility "surrogate", got \'full\'',
+        ),
+        ({"permute": True, **BANDIT}, 'permute must be False for utility "surrogate", got True'),
+        ({"loss_bound": 0.0}, "loss_bound must lie in .*0.0"),
         ({"min_rollouts": 7}, "max_rollouts must be at least min_rollouts = 7, got 6"),
         ({"mean_rollouts": 1}, r"mean_rollouts must lie in \[2, 6\], got 1"),
         ({"mean_rollouts": 6.5}, r"mean_rollouts must lie in \[2, 6\], got 6.5"),
@@ -286,7 +308,10 @@ def published_game():
             "budget 5 cannot be met .*nearest feasible: 4 and 6",
         ),
         (lambda game: rollout_utility("surrogate", [1], [1], [1]), "utility must be one of .*'surrogate'"),
-        (lambda game: rollout_utility("hit", [1], [1], [0]), "arms must hold .*0"),
+        (lambda game: rollout_utility("variance", [1], [1], [0]), "arms must hold .*0"),
+        (lambda game: rollout_utility("hit", [1], [1], [-1]), "arms must hold .*-1"),
+        (lambda game: RolloutGDRO(4, 4, 2, 6, **BANDIT).counts([0], [1], [1]), "rng must be given .*None"),
+        (lambda game: RolloutGDRO(4, 4, 2, 6, permute=True).counts([0], [1], [1]), "rng must be given .*None"),
     ],
 )
 def test_bad_input_is_refused(call, message):
@@ -296,3 +321,220 @@ def test_bad_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(game)
     assert game.state_dict() == before
+
+
+BATCH, SIZE = np.array([0, 0, 1, 2, 3, 3]), np.array([2, 1, 1, 2])
+FEASIBLE = [c for c in product(range(2, 7), repeat=4) if np.dot(SIZE, c) == 24]
+
+
+def bandit_law(game):
+    """Gibbs over the feasible allocations, by enumeration, and its marginals (4, 5)."""
+    rate = game.step_size
+    if rate is None:
+        rate = path_learning_rate(game.state_dict()["rounds"] + 1, 4, 5, feedback="bandit") / sqrt(2)
+    scores = np.array(game.state_dict()["scores"])
+    energy = np.array([rate * scores[range(4), np.subtract(c, 2)].sum() for c in FEASIBLE])
+    law = np.exp(energy - energy.max())
+    law /= law.sum()
+    marginals = np.zeros((4, 5))
+    for c, probability in zip(FEASIBLE, law, strict=True):
+        marginals[range(4), np.subtract(c, 2)] += probability
+    return law, marginals
+
+
+@pytest.mark.parametrize("step_size", [None, 0.3])
+def test_the_bandit_feeds_importance_weighted_losses_to_exact_play(step_size):
+    """F3, theorem 6: draws follow the Gibbs law of the summed estimates, each weighted by the exact marginal."""
+    rng, one = np.random.default_rng(0), np.ones(6)
+    game = RolloutGDRO(4, 4, 2, 6, step_size=step_size, loss_bound=2.0, **BANDIT)
+    for t in range(40):
+        law, marginals = bandit_law(game)
+        before = np.array(game.state_dict()["scores"])
+        counts = game.counts(BATCH, one, one, rng=rng)
+        losses = rng.normal(scale=2.0, size=6)
+        game.observe(BATCH, counts, losses)
+        played, mean = counts[[0, 2, 3, 4]], np.bincount(BATCH, losses) / SIZE
+        before[range(4), played - 2] -= (np.clip(mean / 2.0, -1, 1) + 1) / 2 / marginals[range(4), played - 2]
+        np.testing.assert_allclose(game.state_dict()["scores"], before, rtol=1e-9)
+        assert game.state_dict()["rounds"] == t + 1
+    law, marginals = bandit_law(game)
+    drawn = [tuple(game.counts(BATCH, one, one, rng=np.random.default_rng(s))[[0, 2, 3, 4]]) for s in range(3000)]
+    likely = law * 3000 > 5
+    seen = [drawn.count(c) for c in FEASIBLE]
+    observed = [*np.array(seen)[likely], np.array(seen)[~likely].sum()]
+    expected = [*law[likely] * 3000, law[~likely].sum() * 3000]
+    assert chisquare(observed, np.array(expected) * sum(observed) / sum(expected)).pvalue > 1e-3
+    p = game.arm_probabilities
+    product_law = np.array([p[range(4), np.subtract(c, 2)].prod() for c in FEASIBLE])
+    np.testing.assert_allclose(product_law / product_law.sum(), law, rtol=1e-9)
+    assert game.shadow_price.price == 0.0
+
+
+def test_the_bandits_estimates_are_unbiased():
+    """Averaged over its own draws, an update adds exactly minus the scaled loss to every arm that can be played."""
+    game = RolloutGDRO(4, 4, 2, 6, step_size=0.5, **BANDIT)
+    start = game.state_dict() | {"scores": np.random.default_rng(1).normal(size=(4, 5)).tolist()}
+    game.load_state_dict(start)
+    law, marginals = bandit_law(game)
+    loss_of_arm, mean = np.random.default_rng(2).uniform(-1, 1, (4, 5)), np.zeros((4, 5))
+    for c, probability in zip(FEASIBLE, law, strict=True):
+        game.load_state_dict(start)
+        game.observe(BATCH, np.repeat(c, SIZE), np.repeat(loss_of_arm[range(4), np.subtract(c, 2)], SIZE))
+        mean += probability * (np.array(game.state_dict()["scores"]) - start["scores"])
+    np.testing.assert_allclose(mean, np.where(marginals > 0, -(loss_of_arm + 1) / 2, 0.0), rtol=1e-9)
+    assert (marginals > 0).sum() > 12
+
+
+def test_the_bandit_refuses_counts_it_cannot_have_drawn():
+    """A plan of another state has no marginal to weight by; nothing has changed after the error."""
+    game = RolloutGDRO(4, 4, 2, 6, step_size=1.0, **BANDIT)
+    game.load_state_dict(game.state_dict() | {"scores": np.full((4, 5), [0.0, -1e4, 0.0, -1e4, 0.0]).tolist()})
+    before = game.state_dict()
+    with pytest.raises(ValueError, match=r"counts must be a draw of the present state.*\[3, 4, 4, 5\]"):
+        game.observe(BATCH, [3, 3, 4, 4, 5, 5], np.zeros(6))
+    assert game.state_dict() == before
+
+
+def test_a_batch_of_unseen_prompts_is_no_round_of_the_bandit():
+    """Nothing was played, so nothing is learnt and the rate does not fall."""
+    game = RolloutGDRO(4, 4, 2, 6, **BANDIT)
+    before = game.state_dict()
+    game.observe([-1, -1], [4, 4], [1.0, -1.0])
+    assert {**game.state_dict(), "price": None} == {**before, "price": None}
+
+
+def test_the_bandit_finds_the_best_allocation():
+    """One arm of each bin is better by half of the range: after 600 rounds the joint optimum is played far more."""
+    best, rng, one = np.array([2, 6, 6, 4]), np.random.default_rng(0), np.ones(6)
+    game, hits = RolloutGDRO(4, 4, 2, 6, step_size=path_learning_rate(600, 4, 5, feedback="bandit"), **BANDIT), []
+    for _ in range(600):
+        counts = game.counts(BATCH, one, one, rng=rng)
+        game.observe(BATCH, counts, np.where(counts == best[BATCH], -0.5, 0.5))
+        hits.append((counts == best[BATCH]).all())
+    assert best @ SIZE == 24
+    assert np.mean(hits[-100:]) > 5 * np.mean(hits[:100])
+
+
+@given(SEEDS)
+def test_permuted_counts_are_the_zero_information_null(seed):
+    """F5: the same counts, each on a random seen prompt; unseen ones keep the mean; the seed decides."""
+    rng = np.random.default_rng(seed)
+    columns = batch(rng, 30)
+    game, null = RolloutGDRO(4, 4, 2, 12), RolloutGDRO(4, 4, 2, 12, permute=True)
+    counts, price = game.allocate(*columns, rng=np.random.default_rng(seed))
+    permuted, again = (null.allocate(*columns, rng=np.random.default_rng(seed)) for _ in range(2))
+    np.testing.assert_array_equal(np.sort(permuted[0]), np.sort(counts))
+    np.testing.assert_array_equal(permuted[0], again[0])
+    assert (permuted[0][columns[0] < 0] == 4).all()
+    assert permuted[1] == price
+
+
+def test_permuted_counts_do_not_know_the_prompt():
+    """Over seeds every prompt gets every count equally often, however large its own variance."""
+    a, b = np.array([0.1, 0.1, 5.0, 5.0]), np.array([9.0, 5.0, 5.0, 4.0])
+    counts = RolloutGDRO(1, 4, 2, 12).counts(np.zeros(4), a, b)
+    assert len(set(counts)) > 1
+    null = RolloutGDRO(1, 4, 2, 12, permute=True)
+    drawn = np.array([null.counts(np.zeros(4), a, b, rng=np.random.default_rng(s)) for s in range(1000)])
+    top = (drawn == counts.max()).sum(axis=0)
+    assert chisquare(top).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("utility", ["mixed", "hit"])
+@pytest.mark.parametrize("granularity", ["prompt", "bin"])
+@given(seed=SEEDS)
+def test_no_rollouts_may_be_best(utility, granularity, seed):
+    """n_min = 0: no utility without rollouts, and the optimum is brute force, though `mixed` is not concave there."""
+    rng = np.random.default_rng(seed)
+    bins, a, b, omega = batch(rng, 5, bins=3, unseen=False)
+    rows = bins if granularity == "bin" else np.arange(5)
+    value = rollout_utility(utility, a, b, np.arange(5)) * omega[:, None]
+    np.testing.assert_array_equal(value[:, 0], 0.0)
+    game = RolloutGDRO(3, 1, 0, 4, utility=utility, granularity=granularity)
+    counts, price = game.allocate(bins, a, b, omega, rng=rng)
+    there, member = np.unique(rows, return_inverse=True)
+    feasible = (np.array(c)[member] for c in product(range(5), repeat=there.size))
+    best = max(value[np.arange(5), c].sum() for c in feasible if c.sum() == 5)
+    assert counts.sum() == 5
+    assert value[np.arange(5), counts].sum() == pytest.approx(best, abs=1e-12)
+    assert price >= 0
+
+
+def test_a_prompt_without_rollouts_is_not_observed():
+    """The flow goes on: metrics are finite, and what got no rollout has taught nothing."""
+    controller = GDROController(
+        OnlineDifficultyClassifier([0.5], prior=(1.0, 1.0)),
+        PromptGDRO(2),
+        RolloutGDRO(2, 2, 0, 4, utility="mixed"),
+    )
+    ids = ["sure", "sure too", "split", "open"]
+    controller.observe(controller.plan(ids), [1, 1, 1, 1, 0, 1, 1, 0])
+    for _ in range(4):
+        plan = controller.plan(ids)
+        before = controller.classifier.posterior(ids)
+        metrics = controller.observe(plan, (np.arange(8) % 2)[: plan.counts.sum()])
+        after = controller.classifier.posterior(ids)
+        silent = plan.counts == 0
+        assert silent.any()
+        np.testing.assert_array_equal(before[0][silent], after[0][silent])
+        json.dumps(metrics, allow_nan=False)
+        told = (plan.bins == 1) & ~silent
+        if told.any():
+            mean = np.array([(np.arange(8) % 2)[plan.owner == i].mean() for i in np.flatnonzero(told)])
+            assert metrics["bin_error"][1] == pytest.approx(1 - mean.mean())
+
+
+def expected_grpo_gradient(n, p):
+    """Exact mean over all 2^n groups of (1/n) sum_j A_j d log pi(r_j), for one Bernoulli logit (Eq. 3, ε = 0)."""
+    total = 0.0
+    for rewards in product((0.0, 1.0), repeat=int(n)):
+        r = np.array(rewards)
+        if r.std() > 0:
+            probability = p ** r.sum() * (1 - p) ** (n - r.sum())
+            total += probability * ((r - r.mean()) / r.std() * (r - p)).mean()
+    return total
+
+
+@pytest.mark.parametrize("weighting", ["importance", "published", None])
+def test_preserved_objective_has_the_gradient_of_uniform_counts(weighting):
+    """F6: where the posterior mean is the pass rate, ragged counts ascend what n_bar rollouts each would."""
+    rate = {"hard": (0, 8), "rare": (1, 8), "even": (4, 8), "easy": (8, 8), "fair": (3, 8)}
+    options = {"reference": "uniform", "weighting": weighting} if weighting else None
+
+    def controller(**setting):
+        prompt = PromptGDRO(4, **options) if options else None
+        return GDROController(OnlineDifficultyClassifier([0.2, 0.4, 0.6]), prompt, seed=1, **setting)
+
+    plans = {}
+    game = {"rollout": RolloutGDRO(4, 4, 2, 10)}
+    for name, setting in {
+        "uniform": {"mean_rollouts": 4, "preserve_objective": True},  # nothing to preserve
+        "preserved": game | {"preserve_objective": True},
+        "pulled": game,
+    }.items():
+        one = controller(**setting)
+        one.classifier.observe(list(rate), *zip(*rate.values(), strict=True))
+        if one.prompt is not None:
+            one.prompt.observe(one.classifier.bins(list(rate)), [1.0, 0.8, 0.5, 0.0, 0.6])
+        plans[name] = one.plan([*rate, "new"])
+    p = np.append([(0.5 + c) / (1 + n) for c, n in rate.values()], 0.5)
+    assert len(set(plans["preserved"].counts)) > 2
+    pull = {
+        name: plan.weights * [expected_grpo_gradient(n, rate) for n, rate in zip(plan.counts, p, strict=True)]
+        for name, plan in plans.items()
+    }
+    np.testing.assert_allclose(pull["preserved"], pull["uniform"], rtol=1e-9)
+    assert np.abs(pull["pulled"] / pull["uniform"] - 1).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("rollout", "message"),
+    [
+        (RolloutGDRO(10, 4, 1, 6), "min_rollouts with preserve_objective must lie in .*1"),
+        (RolloutGDRO(10, 2.5, 2, 6), "mean_rollouts must be a whole number with preserve_objective, got 2.5"),
+    ],
+)
+def test_preserve_objective_refuses(rollout, message):
+    """A single rollout has no gradient to divide by, and w_n needs a whole n."""
+    with pytest.raises(ValueError, match=message):
+        GDROController(OnlineDifficultyClassifier(), rollout=rollout, preserve_objective=True)

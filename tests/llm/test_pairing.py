@@ -1,6 +1,7 @@
 """Rewards, prompts and ids belong together in ragged groups: tasks whose answer gives its prompt away."""
 
 import json
+from base64 import b64decode
 
 import numpy as np
 import pytest
@@ -60,7 +61,8 @@ def test_the_controller_credits_each_id_with_its_own_rewards(cold, run_config, t
     train(config, tmp_path / "run")
     state = json.loads((tmp_path / "run" / "checkpoint-000009" / "state.json").read_text())["controller"]["classifier"]
     assert len(state["ids"]) == 24
-    for name, right, wrong in zip(state["ids"], state["successes"], state["failures"], strict=True):
+    counted = [np.frombuffer(b64decode(state[key]), "<f8") for key in ("successes", "failures")]
+    for name, right, wrong in zip(state["ids"], *counted, strict=True):
         rate = right / (right + wrong)
         assert rate > 0.7 if int(name[2:]) % 3 else rate == 0, name
     assert any(np.ptp(plan.counts) > 0 for plan in plans), "the counts must be ragged for this to tell anything"
