@@ -67,8 +67,10 @@ def unique_ids(ids: Sequence[Hashable]) -> list[Hashable]:
     return listed
 
 
-def state(name: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Every key of `expected` (a version, a shape, a setting) stands in `found` with the same value."""
-    for key, value in expected.items():
-        if found.get(key) != value:
-            raise ValueError(f"state of {name} has {key} = {found.get(key)!r}, this one needs {value!r}")
+def state(name: str, found: Mapping[str, Any], expected: Mapping[str, Any], memory: Sequence[str]) -> None:
+    """`found` has the values of `expected` (a version, a shape, a setting) and the keys of `memory`."""
+    for key in (*expected, *memory):
+        if key not in found:
+            raise ValueError(f"state of {name} lacks {key!r}")
+        if key in expected and found[key] != expected[key]:
+            raise ValueError(f"state of {name} has {key} = {found[key]!r}, this one needs {expected[key]!r}")

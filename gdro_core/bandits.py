@@ -86,7 +86,7 @@ class _Policy(ABC):
 
     def load_state_dict(self, found: Mapping[str, Any]) -> None:
         """Continue from `state_dict()` of a policy with the same settings; on ValueError nothing has changed."""
-        state(type(self).__name__, found, self._identity())
+        state(type(self).__name__, found, self._identity(), ("rounds", "scores"))
         rounds = integer("rounds", found["rounds"], 0)
         scores = floats("scores", found["scores"], self._scores.T.shape)
         self._rounds, self._scores, self._cache = rounds, np.array(scores.T, order="C"), None

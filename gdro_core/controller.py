@@ -384,7 +384,7 @@ class GDROController:
         Raises:
             ValueError: other parts, settings, shapes or version; nothing has changed then.
         """
-        state("GDROController", found, self._settings())
+        state("GDROController", found, self._settings(), ("step", "classifier", "prompt", "rollout"))
         parts = {"classifier": self.classifier, "prompt": self.prompt, "rollout": self.rollout}
         for name, part in parts.items():
             if (part is None) != (found.get(name) is None):

@@ -195,10 +195,7 @@ class OnlineDifficultyClassifier:
         Raises:
             ValueError: other settings or version, a missing key, a damaged array; nothing has changed then.
         """
-        state("OnlineDifficultyClassifier", found, self._settings())
-        for name in ("ids", *self._memory):
-            if name not in found:
-                raise ValueError(f"state of OnlineDifficultyClassifier must have {name}, got {sorted(found)}")
+        state("OnlineDifficultyClassifier", found, self._settings(), ("ids", *self._memory))
         plain = _plain(found["ids"])
         ids = list(plain) if isinstance(plain, tuple) else _unpacked("ids", plain, np.dtype(np.int64), (-1,))
         index = RowIndex()

@@ -60,7 +60,8 @@ class ShadowPrice:
 
     def load_state_dict(self, found: Mapping[str, Any]) -> None:
         """Continue from `state_dict()` of a price with the same settings; on ValueError nothing has changed."""
-        state("ShadowPrice", found, {"version": 1, "target": self.target, "step_size": self.step_size})
+        settings = {"version": 1, "target": self.target, "step_size": self.step_size}
+        state("ShadowPrice", found, settings, ("price", "updates", "mean_violation", "highest"))
         price = number("price", found["price"], 0.0)
         updates = integer("updates", found["updates"], 0)
         mean_violation = number("mean_violation", found["mean_violation"], -self.target)

@@ -239,7 +239,8 @@ class PromptGDRO:
 
     def load_state_dict(self, found: Mapping[str, Any]) -> None:
         """Continue from `state_dict()` of a game with the same settings; on ValueError nothing has changed."""
-        state("PromptGDRO", found, self._settings())
+        memory = ("score", "score_weight", "share", "share_weight", "hedge")
+        state("PromptGDRO", found, self._settings(), memory)
         shape = (self.num_bins,)
         score = floats("score", found["score"], shape)
         score_weight = floats("score_weight", found["score_weight"], shape, 0.0, 1.0)

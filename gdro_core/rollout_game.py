@@ -310,7 +310,7 @@ class RolloutGDRO:
 
     def load_state_dict(self, found: Mapping[str, Any]) -> None:
         """Continue from `state_dict()` of a game with the same settings; on ValueError nothing has changed."""
-        state("RolloutGDRO", found, self._settings())
+        state("RolloutGDRO", found, self._settings(), ("scores", "rounds", "price"))
         scores = floats("scores", found["scores"], self._scores.shape)
         rounds = integer("rounds", found["rounds"], 0)
         self.shadow_price.load_state_dict(found["price"])

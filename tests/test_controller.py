@@ -417,3 +417,34 @@ def test_theorem_12_late_observations_leave_the_same_difficulty():
         late.observe(plan, reward)
         prompt.observe(prompt.plan(ids), reward)
     assert late.state_dict() == prompt.state_dict()
+
+
+@every_controller
+def test_state_survives_torch_and_json_and_lacking_keys_are_refused(make, tmp_path):
+    """torch.load(weights_only=True) and json keep all that a bit-identical continuation needs; no key may lack."""
+    torch = pytest.importorskip("torch")
+    controller = trained(make)
+    saved = controller.state_dict()
+    torch.save(saved, tmp_path / "state.pt")
+    for found in (torch.load(tmp_path / "state.pt", weights_only=True), json.loads(json.dumps(saved))):
+        restored = make()
+        restored.load_state_dict(found)
+        assert step(restored, np.random.default_rng(5))[2] == step(make_again(make, saved), np.random.default_rng(5))[2]
+        assert restored.classifier.state_dict() == make_again(make, restored.state_dict()).classifier.state_dict()
+    parts = {name: part for name, part in saved.items() if isinstance(part, dict)}
+    for keys, part in [((), saved), *(((name,), part) for name, part in parts.items())]:
+        for lost in part:
+            broken = json.loads(json.dumps(saved))
+            inner = broken
+            for key in keys:
+                inner = inner[key]
+            del inner[lost]
+            with pytest.raises(ValueError, match=rf"{lost}"):
+                controller.load_state_dict(broken)
+            assert controller.state_dict() == saved
+
+
+def make_again(make, saved):
+    controller = make()
+    controller.load_state_dict(saved)
+    return controller

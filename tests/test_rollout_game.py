@@ -18,6 +18,7 @@ from gdro_core import (
     OnlineDifficultyClassifier,
     PromptGDRO,
     RolloutGDRO,
+    ShadowPrice,
     path_learning_rate,
     rollout_utility,
     sqrt_allocation,
@@ -235,8 +236,8 @@ def test_state_round_trips_through_json(kind):
         ({"rounds": -1}, "rounds must be an integer >= 0, got -1"),
         ({"scores": [[0.0]]}, "scores must have shape"),
         ({"scores": [[np.inf] * 5] * 4}, "scores must hold finite numbers, got inf"),
-        ({"price": {"version": 1, "target": 4.0, "step_size": 0.05, "price": -1.0}}, "price must lie in .*-1"),
-        ({"price": {"version": 1, "target": 4.0, "step_size": 0.5, "price": 0.0}}, "step_size = 0.5"),
+        ({"price": ShadowPrice(4.0, 0.05).state_dict() | {"price": -1.0}}, "price must lie in .*-1"),
+        ({"price": ShadowPrice(4.0, 0.5).state_dict()}, "step_size = 0.5"),
     ],
 )
 def test_state_of_another_shape_is_refused(change, message):
