@@ -50,7 +50,7 @@ class PromptGDRO:
 
     - `"entropic"` (published): q*_b ~ r_b e^{eta S_b} (Eq. 14, Lemma 4.1), the best response to the score
       S_b <- (1 - beta) S_b + beta l_b of the mean payoff l_b of the bin's prompts (Eq. 12), bins present only. At fixed
-      eta it tracks: q* cannot reach a vertex and its regret against a fixed bin is linear (F4).
+      eta q* cannot reach a vertex, and its regret against a fixed bin is linear (F4).
     - `"cvar"`: q <= r / alpha, `"chi-square"`: D(q || r) <= rho; best responses to the same score (module
       `ambiguity`).
     - `"hedge"`: q*_b ~ e^{-eta L_b} on losses cumulated over all rounds, no-regret (theorem 4). A bin is observed when
