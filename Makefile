@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install train test test-all lint bench clean
+.PHONY: help install train test test-all lint bench figures clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -34,6 +34,9 @@ lint: install  ## style and types
 
 bench: install  ## speed and memory of gdro_core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/bench_core.py --benchmark-columns=median,min,rounds --benchmark-sort=name --benchmark-disable-gc
+
+figures: install  ## every claim with its figure, full size, into runs/simulations (under an hour; again: goes on)
+	OMP_NUM_THREADS=1 $(BIN)/python -m simulations figures --jobs 2
 
 clean:  ## remove the environment and all runs
 	rm -rf .venv runs

@@ -1,0 +1,1 @@
+"""One module per claim; see `simulations.harness` for what such a module holds."""

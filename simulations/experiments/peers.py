@@ -1,0 +1,128 @@
+"""Every peer and every controller at equal total rollouts, on the calibrated population and three stressed ones.
+
+The calibrated run is 500 steps; here it is 100 steps of five times the learning rate, the same way in fewer batches, so
+that a prompt is visited ten times. Metrics are interpolated at the rollouts of the uniform run. With plain gradient
+steps a method that picks prompts of large gradient also takes longer steps; with `normalised steps` every update has
+the same length, as under a normalising optimiser: there a method wins by direction and by low noise alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from simulations.harness import Row, Verdict, paired
+from simulations.peers import PEERS, race
+from simulations.population import SkillPopulation
+
+CLAIM = "At equal total rollouts the joint controller ends with the highest pass@8 of all methods, on every population"
+SOURCE = "theory §4"
+COLUMNS = {
+    "seed": "population, batches and outcomes",
+    "population": "calibrated; heavy tail: 1.5 degrees of freedom; noisy verifier: 10 % errors; normalised steps",
+    "method": "name in simulations.peers",
+    "pass_at_8": "held-out, at the uniform run's rollouts (1)",
+    "mean_at_8": "held-out mean pass rate, there (1)",
+    "worst": "held-out mean pass rate of the hardest group, there (1)",
+    "rollouts_to_uniform": "rollouts until the uniform run's final pass@8 is first reached; empty if it never is",
+    "mixed": "share of groups drawn that have both outcomes, mean over steps (1)",
+    "steps": "batches drawn",
+}
+SEEDS, BLOCK = 50, 2
+MEAN = 8
+POPULATIONS: dict[str, dict[str, Any]] = {
+    "calibrated": {},
+    "heavy tail": {"tail": 1.5},
+    "noisy verifier": {"false_positive": 0.1, "false_negative": 0.1},
+    "normalised steps": {"normalised": True},
+}
+OURS = ("recommended prompt", "recommended rollout", "joint", "joint, objective preserved")
+
+
+def _run(name: str, method: str, seed: int, steps: int, prompts: int, batch: int) -> list[Row]:
+    population = SkillPopulation(seed, prompts=prompts, held_out=prompts // 3, **POPULATIONS[name])
+    population.learning_rate *= 5.0
+    return race(population, PEERS[method](population, MEAN), steps * batch * MEAN, batch, seed)
+
+
+def _first_reach(rollouts: np.ndarray, values: np.ndarray, target: float) -> float | str:
+    """Linear interpolation of the first crossing."""
+    above = np.flatnonzero(values >= target)
+    if above.size == 0:
+        return ""
+    k = int(above[0])
+    if k == 0:
+        return float(rollouts[0])
+    return float(np.interp(target, values[k - 1 : k + 1], rollouts[k - 1 : k + 1]))
+
+
+def simulate(seeds: np.ndarray, quick: bool) -> list[Row]:
+    """Every method on the same populations, batches and streams."""
+    steps, prompts, batch = (3, 60, 20) if quick else (100, 1200, 120)
+    total = steps * batch * MEAN
+    rows: list[Row] = []
+    for seed in map(int, seeds):
+        for name in POPULATIONS:
+            target = 0.0
+            for method in PEERS:
+                run = _run(name, method, seed, steps, prompts, batch)
+                spent = np.array([r["rollouts"] for r in run], dtype=float)
+                curves = {k: np.array([r[k] for r in run]) for k in ("pass_at_8", "mean_at_8", "worst")}
+                end = {key: float(np.interp(total, spent, curve)) for key, curve in curves.items()}
+                target = end["pass_at_8"] if method == "uniform" else target
+                reached = _first_reach(spent, curves["pass_at_8"], target)
+                row: Row = {"seed": seed, "population": name, "method": method, **end, "rollouts_to_uniform": reached}
+                rows.append(row | {"mixed": float(np.mean([r["mixed"] for r in run[1:]])), "steps": len(run) - 1})
+    return rows
+
+
+def differences(rows: list[Row], population: str, key: str = "pass_at_8") -> dict[str, np.ndarray]:
+    """Per method (seeds,) value minus that of uniform."""
+    values = {m: np.array([r[key] for r in rows if (r["population"], r["method"]) == (population, m)]) for m in PEERS}
+    return {method: found - values["uniform"] for method, found in values.items()}
+
+
+def judge(rows: list[Row]) -> Verdict:
+    """Joint above the best of the others by its paired interval, everywhere; who beats uniform (95 % pointwise)."""
+    holds, text = True, []
+    for population in POPULATIONS:
+        found = differences(rows, population)
+        others = {m: d for m, d in found.items() if m not in ("joint", "Neyman oracle")}
+        best = max(others, key=lambda m: float(others[m].mean()))
+        mean, low, high = paired(100 * (found["joint"] - found[best]))
+        holds &= low > 0
+        winners = {m: 100 * d.mean() for m, d in found.items() if m != "uniform" and paired(d)[1] > 0}
+        ranked = sorted(winners, key=lambda m: -winners[m])
+        beat = ", ".join(f"{m} {winners[m]:+.2f}" for m in ranked) or "nobody"
+        mine, below, above = paired(100 * found["joint"])
+        text.append(
+            f"{population}: joint {mine:+.2f} [{below:.2f}, {above:.2f}] points against uniform, {mean:+.2f} "
+            f"[{low:.2f}, {high:.2f}] against {best}; above uniform: {beat}"
+        )
+    return Verdict(bool(holds), "; ".join(text))
+
+
+def draw(rows: list[Row]) -> Figure:
+    """Paired differences from uniform with 95 % intervals."""
+    figure = Figure(figsize=(11.0, 6.0))
+    axes = figure.subplots(1, len(POPULATIONS), sharey=True)
+    methods = [m for m in PEERS if m != "uniform"]
+    for axis, population in zip(axes, POPULATIONS, strict=True):
+        found = differences(rows, population)
+        for ours in (False, True):
+            rows_of = [k for k, m in enumerate(methods) if (m in OURS) == ours]
+            dots = np.array([paired(100 * found[methods[k]]) for k in rows_of])
+            error = np.abs(dots[:, 1:].T - dots[:, 0])
+            label = "this project" if ours else "peers"
+            axis.errorbar(dots[:, 0], rows_of, xerr=error, fmt="o", markersize=4, capsize=2, label=label)
+        axis.axvline(0, color="#555555", linewidth=0.8, linestyle="--", label="uniform")
+        axis.set_xscale("symlog", linthresh=0.5)  # linear within half a point
+        axis.set_xticks([-5, -1, -0.25, 0.25, 1, 5], ["−5", "−1", "−¼", "¼", "1", "5"])
+        axis.set_xticks([], minor=True)
+        axis.set(xlabel="pass@8 minus uniform's [points]", title=population, xlim=(-10, 10))
+    axes[0].set_yticks(range(len(methods)), methods)
+    axes[0].invert_yaxis()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure

@@ -1,0 +1,550 @@
+"""Published ways to spend rollouts, each as a small planner, and the race that compares them at equal total rollouts.
+
+A planner has `plan(ids, rng)` and `observe(plan, rewards)` like the controller. Peers that look at rollouts before they
+decide also have `more` (further rollouts for the same prompts, round after round) and `keep` (what is trained on).
+All rollouts are counted, those that are thrown away too. Rules are short readings of the papers: whatever a paper knows
+of a prompt's pass rate (embeddings, a smaller model) is replaced by the controller's own Beta posterior, and counts lie
+in 2..24 where a paper has another range. "Departs:" marks what else is not the paper's.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from scipy.stats import beta
+
+from gdro_core import (
+    GDROController,
+    OnlineDifficultyClassifier,
+    PromptGDRO,
+    RolloutGDRO,
+    greedy_allocation,
+    mixed_group_probability,
+    rollout_utility,
+    sqrt_allocation,
+)
+from simulations.harness import Row
+from simulations.population import Floats, Ints, SkillPopulation
+
+LOW, HIGH = 2, 24  # rollouts of a prompt
+
+
+@dataclass(frozen=True, eq=False)
+class Ask:
+    """What a peer plans: ids, rollouts and weight of each prompt."""
+
+    ids: Sequence[Hashable]
+    counts: Ints
+    weights: Floats
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """Graded rollouts, prompt after prompt."""
+
+    rows: Ints  # (N,) prompts
+    counts: Ints  # (N,) rollouts of each
+    weights: Floats  # (N,)
+    rewards: Floats  # (sum of counts,) as graded
+    correct: np.ndarray  # (sum of counts,) in truth
+
+    @property
+    def owner(self) -> Ints:
+        """(sum of counts,) row of each rollout."""
+        return np.repeat(np.arange(self.rows.size), self.counts)
+
+    @property
+    def successes(self) -> Floats:
+        """(N,) rollouts graded right."""
+        return np.asarray(np.bincount(self.owner, self.rewards, minlength=self.rows.size), dtype=np.float64)
+
+    @property
+    def mixed(self) -> np.ndarray:
+        """(N,) whether the group has both outcomes."""
+        return np.asarray((self.successes > 0) & (self.successes < self.counts))
+
+    def with_more(self, other: Groups) -> Groups:
+        """Further rollouts of the same prompts."""
+        order = np.argsort(np.concatenate([self.owner, other.owner]), kind="stable")
+        rewards, correct = (
+            np.concatenate(pair)[order] for pair in ((self.rewards, other.rewards), (self.correct, other.correct))
+        )
+        return replace(self, counts=self.counts + other.counts, rewards=rewards, correct=correct)
+
+    def thinned(self, kept: np.ndarray) -> Groups:
+        """Some of the rollouts: a mask (sum of counts,)."""
+        counts = np.bincount(self.owner[kept], minlength=self.rows.size)
+        return replace(self, counts=counts, rewards=self.rewards[kept], correct=self.correct[kept])
+
+    def of(self, prompts: np.ndarray) -> Groups:
+        """Some of the prompts: a mask (N,)."""
+        rollouts = prompts[self.owner]
+        return Groups(
+            self.rows[prompts],
+            self.counts[prompts],
+            self.weights[prompts],
+            self.rewards[rollouts],
+            self.correct[rollouts],
+        )
+
+
+class Uniform:
+    """GRPO: n_i = n_bar. Every other peer starts from this one.
+
+    Args:
+        population: read for ids, and by those that say so for groups or true pass rates.
+        mean_rollouts: n_bar.
+    """
+
+    fills_batches = False  # whether only mixed groups are trained on, collected until a batch is full
+
+    def __init__(self, population: SkillPopulation, mean_rollouts: int) -> None:
+        self.population, self.mean = population, mean_rollouts
+        self.memory = OnlineDifficultyClassifier()
+
+    def plan(self, ids: list[int], rng: np.random.Generator) -> Ask:
+        """Which prompts, how many rollouts, which weights."""
+        return Ask(ids, self.counts(ids, rng), self.weights(ids))
+
+    def counts(self, ids: list[int], rng: np.random.Generator) -> Ints:
+        """(N,) rollouts."""
+        return np.full(len(ids), self.mean)
+
+    def weights(self, ids: list[int]) -> Floats:
+        """(N,) weights of mean 1."""
+        return np.ones(len(ids))
+
+    def more(self, groups: Groups, done: int) -> Ints | None:
+        """(N,) further rollouts after `done` rounds, or None."""
+        return None
+
+    def keep(self, groups: Groups) -> Groups:
+        """What is trained on."""
+        return groups
+
+    def observe(self, plan: Ask, rewards: Floats) -> None:
+        """Learn from all rollouts of the plan."""
+        successes = np.bincount(np.repeat(np.arange(len(plan.ids)), plan.counts), rewards, minlength=len(plan.ids))
+        self.memory.observe(plan.ids, successes, plan.counts)
+
+
+class Greedy(Uniform):
+    """max sum_i U_i(n_i) under the exact budget, for the utility of a subclass; n_bar for prompts never seen."""
+
+    def utility(self, a: Floats, b: Floats) -> Floats:
+        """(N, A) concave utilities of LOW..HIGH rollouts, for posteriors Beta(a, b)."""
+        raise NotImplementedError
+
+    def counts(self, ids: list[int], rng: np.random.Generator) -> Ints:
+        """(N,) rollouts by marginal gain."""
+        a, b = self.memory.posterior(ids)
+        seen, counts = self.memory.bins(ids) >= 0, np.full(len(ids), self.mean)
+        if seen.any():
+            budget = self.mean * int(seen.sum())
+            counts[seen] = greedy_allocation(self.utility(a[seen], b[seen]), budget, min_rollouts=LOW, rng=rng)
+        return counts
+
+
+ARMS = np.arange(LOW, HIGH + 1)
+
+
+class NeymanPlugIn(Greedy):
+    """n ∝ √(p (1 - p)) (Theorem 4.2) with p the posterior mean."""
+
+    def utility(self, a: Floats, b: Floats) -> Floats:
+        """-p (1 - p) / n."""
+        p = a / (a + b)
+        return np.asarray(-(p * (1 - p))[:, None] / ARMS)
+
+
+class NeymanOracle(Uniform):
+    """n ∝ √(p (1 - p)) with the true pass rates: what no method can know."""
+
+    def counts(self, ids: list[int], rng: np.random.Generator) -> Ints:
+        """(N,) whole counts that minimise sum p (1 - p) / n."""
+        p = self.population.pass_rate[ids]
+        utility = -(p * (1 - p))[:, None] / ARMS
+        return greedy_allocation(utility, self.mean * len(ids), min_rollouts=LOW, rng=rng)
+
+
+class VIP(Uniform):
+    """VIP (arXiv 2602.01601): min sum 4 p (1 - p) / (n - 1), n_i = clip(1 + (C - N) √a_i / sum √a_j), a = p (1 - p).
+
+    Departs: p by the posterior, not by a Gaussian process over embeddings; clipped counts share what the clip leaves
+    over, and whole counts are by largest remainder.
+    """
+
+    def counts(self, ids: list[int], rng: np.random.Generator) -> Ints:
+        """(N,) rollouts."""
+        a, b = self.memory.posterior(ids)
+        real = 1 + sqrt_allocation(a * b / (a + b) ** 2, self.mean - 1, lower=LOW - 1, upper=HIGH - 1)
+        return _rounded(real, self.mean * len(ids))
+
+
+class Knapsack(Greedy):
+    """Knapsack RL (2509.25849): max sum (1 - pⁿ - (1 - p)ⁿ) p (1 - p)²."""
+
+    def utility(self, a: Floats, b: Floats) -> Floats:
+        """Chance of a mixed group times its value."""
+        p = a / (a + b)
+        return np.asarray(mixed_group_probability(ARMS, p[:, None]) * (p * (1 - p) ** 2)[:, None])
+
+
+class CoBA(Greedy):
+    """CoBA-RL (2602.03048): (1 - e^{-n p (1 - p) / tau}) BetaPDF(p; alpha, 7 - alpha), greedy.
+
+    alpha grows with the global failure rate F, so that easy prompts come first and hard ones later. Departs: the map is
+    taken as alpha = 1 + 5 F, tau as 1.
+    """
+
+    failure = 0.5
+
+    def utility(self, a: Floats, b: Floats) -> Floats:
+        """Saturating gain times the value of the difficulty."""
+        p, alpha = a / (a + b), 1 + 5 * self.failure
+        return np.asarray(-np.expm1(-ARMS * (p * (1 - p))[:, None]) * beta.pdf(p, alpha, 7 - alpha)[:, None])
+
+    def observe(self, plan: Ask, rewards: Floats) -> None:
+        """The failure rate is that of the last batch."""
+        super().observe(plan, rewards)
+        self.failure = 1.0 - float(rewards.mean())
+
+
+class HORA(Greedy):
+    """HORA (2605.07114): max sum P(a hit among n more) = 1 - prod_{j<n} (b + j) / (a + b + j), greedy."""
+
+    def utility(self, a: Floats, b: Floats) -> Floats:
+        """Posterior chance of a hit."""
+        return rollout_utility("hit", a, b, ARMS)
+
+
+class ReinforceAda(Uniform):
+    """Reinforce-Ada, balanced (2510.04996): rounds of n_bar until half of k = n_bar right and half wrong; at most 4.
+
+    Kept are k rollouts, half of either outcome where there are enough. Departs: the baseline is that of the kept group.
+    """
+
+    def more(self, groups: Groups, done: int) -> Ints | None:
+        """A further round for prompts that lack either outcome."""
+        half = self.mean / 2
+        open_ = (groups.successes < half) | (groups.counts - groups.successes < half)
+        return np.where(open_, self.mean, 0) if done < 4 and open_.any() else None
+
+    def keep(self, groups: Groups) -> Groups:
+        """At most k a prompt, the rarer outcome first up to a half."""
+        right = np.minimum(groups.successes, np.maximum(self.mean / 2, self.mean - (groups.counts - groups.successes)))
+        room = np.where(groups.rewards[:, None] == [1.0, 0.0], 1, 0).cumsum(axis=0)  # rank of a rollout among its kind
+        start = np.concatenate([np.zeros((1, 2), dtype=int), room])[np.cumsum(groups.counts) - groups.counts]
+        rank = (room - start[groups.owner])[np.arange(groups.rewards.size), (groups.rewards == 0).astype(int)]
+        limit = np.where(groups.rewards == 1, right[groups.owner], (self.mean - right)[groups.owner])
+        return groups.thinned(rank <= limit)
+
+
+class DAPO(Uniform):
+    """DAPO dynamic sampling (2503.14476): draw batches until N groups have mixed rewards; what is over is dropped."""
+
+    fills_batches = True
+
+    def keep(self, groups: Groups) -> Groups:
+        """Mixed groups."""
+        return groups.of(groups.mixed)
+
+
+class GRESO(DAPO):
+    """GRESO (2506.02177): skip a prompt with probability 1 - max(p_s^streak, .01), streak of zero-variance groups.
+
+    What is left fills batches as in DAPO. Departs: p_s = 0.5 throughout, where the paper steers it to a target share.
+    """
+
+    def __init__(self, population: SkillPopulation, mean_rollouts: int) -> None:
+        super().__init__(population, mean_rollouts)
+        self.streak = np.zeros(population.prompts, dtype=np.int64)
+
+    def plan(self, ids: list[int], rng: np.random.Generator) -> Ask:
+        """The prompts that are not skipped; one at least."""
+        chance = np.maximum(0.5 ** self.streak[ids], 0.01)
+        draws = rng.random(len(ids))
+        kept = draws < chance
+        kept[np.argmin(draws / chance)] = True
+        chosen = [i for i, stays in zip(ids, kept, strict=True) if stays]
+        return Ask(chosen, np.full(len(chosen), self.mean), np.ones(len(chosen)))
+
+    def observe(self, plan: Ask, rewards: Floats) -> None:
+        """Streaks end with a mixed group."""
+        ids = np.asarray(plan.ids)
+        mean = np.bincount(np.repeat(np.arange(ids.size), plan.counts), rewards, minlength=ids.size) / plan.counts
+        self.streak[ids] = np.where((mean > 0) & (mean < 1), 0, self.streak[ids] + 1)
+
+
+class MoPPS(Uniform):
+    """MoPPS (2507.04632): draw p ~ Beta(a, b) for 4 N candidates, take the N nearest to 1/2."""
+
+    def plan(self, ids: list[int], rng: np.random.Generator) -> Ask:
+        """Candidates are the drawn batch and as many others as make 4 N."""
+        others = rng.permutation(np.setdiff1d(self.population.ids, ids))
+        candidates = np.concatenate([ids, others])[: 4 * len(ids)]
+        draws = rng.beta(*self.memory.posterior(candidates.tolist()))
+        chosen = candidates[np.argsort(np.abs(draws - 0.5), kind="stable")[: len(ids)]].tolist()
+        return Ask(chosen, np.full(len(ids), self.mean), np.ones(len(ids)))
+
+
+class GroupWeights(Uniform):
+    """Weights q_g / p_g of known groups (the difficulty at the start), mean 1 over the batch; a subclass moves q."""
+
+    def __init__(self, population: SkillPopulation, mean_rollouts: int) -> None:
+        super().__init__(population, mean_rollouts)
+        self.size = np.bincount(population.group)
+        self.q = self.size / self.size.sum()
+
+    def weights(self, ids: list[int]) -> Floats:
+        """(N,)."""
+        raw = (self.q / np.maximum(self.size / self.size.sum(), 1e-12))[self.population.group[ids]]
+        return np.asarray(raw / raw.mean())
+
+    def group_losses(self, plan: Ask, rewards: Floats) -> tuple[Floats, np.ndarray]:
+        """(G,) 1 - mean reward, and which groups are in the batch."""
+        group = np.repeat(self.population.group[np.asarray(plan.ids)], plan.counts)
+        size = np.bincount(group, minlength=self.q.size)
+        return 1 - np.bincount(group, rewards, minlength=self.q.size) / np.maximum(size, 1), size > 0
+
+
+class Sagawa(GroupWeights):
+    """Group DRO (1911.08731): q_g <- q_g exp(eta (loss_g + C / √n_g)), n_g training prompts; eta = .05, C = 1."""
+
+    def observe(self, plan: Ask, rewards: Floats) -> None:
+        """One step up."""
+        super().observe(plan, rewards)
+        loss, present = self.group_losses(plan, rewards)
+        q = self.q * np.exp(np.where(present, 0.05 * (loss + 1.0 / np.sqrt(np.maximum(self.size, 1))), 0.0))
+        self.q = q / q.sum()
+
+
+class MTGRPO(GroupWeights):
+    """MT-GRPO (2602.05547): weights move to the worst tasks, less so to tasks that improve.
+
+        q_g <- q_g exp(eta (loss_g - lambda max(improvement_g, 0)))
+
+    Departs: a reading of the idea only, with eta .05, lambda 1 and improvement against an average over about 10 steps.
+    """
+
+    def __init__(self, population: SkillPopulation, mean_rollouts: int) -> None:
+        super().__init__(population, mean_rollouts)
+        self.past = np.full(self.q.size, np.nan)
+
+    def observe(self, plan: Ask, rewards: Floats) -> None:
+        """One step up."""
+        super().observe(plan, rewards)
+        loss, present = self.group_losses(plan, rewards)
+        self.past = np.where(np.isnan(self.past), loss, self.past)
+        gain = np.maximum(self.past - loss, 0.0)
+        q = self.q * np.exp(np.where(present, 0.05 * (loss - gain), 0.0))
+        self.q, self.past = q / q.sum(), np.where(present, 0.9 * self.past + 0.1 * loss, self.past)
+
+
+class SEC(Uniform):
+    """SEC (2505.14970): categories by softmax(Q / tau), Q_c <- (1 - beta) Q_c + beta mean |A|; tau .4, beta .5.
+
+    Categories are the difficulty at the start; |A| is that of std-normalised GRPO, 2 √(m (1 - m)) a group on average.
+    """
+
+    def __init__(self, population: SkillPopulation, mean_rollouts: int) -> None:
+        super().__init__(population, mean_rollouts)
+        self.members = [np.flatnonzero(population.group == g) for g in np.unique(population.group)]
+        self.category = np.searchsorted(np.unique(population.group), population.group)
+        self.value = np.zeros(len(self.members))
+
+    def preference(self) -> Floats:
+        """(C,) logits of the categories."""
+        return self.value / 0.4
+
+    def plan(self, ids: list[int], rng: np.random.Generator) -> Ask:
+        """N distinct prompts: a category each by softmax, then a prompt of it."""
+        logits = self.preference()
+        law = np.exp(logits - logits.max())
+        size = np.array([m.size for m in self.members])
+        wanted = np.minimum(rng.multinomial(len(ids), law / law.sum()), size)
+        while (left := len(ids) - int(wanted.sum())) > 0:  # categories that ran out: the others share what is left
+            room = np.where(wanted < size, law, 0.0)
+            wanted = np.minimum(wanted + rng.multinomial(left, room / room.sum()), size)
+        pairs = zip(self.members, wanted, strict=True)
+        chosen = np.concatenate([rng.choice(m, k, replace=False) for m, k in pairs]).tolist()
+        return Ask(chosen, np.full(len(ids), self.mean), np.ones(len(ids)))
+
+    def observe(self, plan: Ask, rewards: Floats) -> None:
+        """Advantages seen, per category."""
+        ids = np.asarray(plan.ids)
+        mean = np.bincount(np.repeat(np.arange(ids.size), plan.counts), rewards, minlength=ids.size) / plan.counts
+        seen = 2 * np.sqrt(mean * (1 - mean))
+        for c in np.unique(self.category[ids]):
+            self.learn(int(c), seen[self.category[ids] == c])
+
+    def learn(self, c: int, advantages: Floats) -> None:
+        """Mean |A| of the prompts of category c."""
+        self.value[c] += 0.5 * (advantages.mean() - self.value[c])
+
+
+class DUMP(SEC):
+    """DUMP (2504.09710): categories by softmax(UCB / .1), UCB_c = mean |A| of the last 300 + √(2 ln(n+1) / (n_c+1))."""
+
+    def __init__(self, population: SkillPopulation, mean_rollouts: int) -> None:
+        super().__init__(population, mean_rollouts)
+        self.window: list[deque[float]] = [deque(maxlen=300) for _ in self.members]
+        self.visits = np.zeros(len(self.members))
+
+    def preference(self) -> Floats:
+        """(C,) logits; tau = 0.1."""
+        mean = np.array([np.mean(seen) if seen else 0.0 for seen in self.window])
+        return np.asarray((mean + np.sqrt(2 * np.log(self.visits.sum() + 1) / (self.visits + 1))) / 0.1)
+
+    def learn(self, c: int, advantages: Floats) -> None:
+        """A window per category."""
+        self.window[c].extend(advantages.tolist())
+        self.visits[c] += advantages.size
+
+
+class VIGOR(Uniform):
+    """VIGOR (2607.22002): m0 rollouts each, then rounds with the top-variance fraction alpha, × gamma = 1 / alpha.
+
+    Here m0 = n_bar / 2 and one round with alpha = 1/2, gamma = 2, so that the budget is met exactly for even N. Groups
+    are ranked by (c + 1/2)(n - c + 1/2); ties go to the first.
+    """
+
+    def counts(self, ids: list[int], rng: np.random.Generator) -> Ints:
+        """The first round."""
+        return np.full(len(ids), self.mean // 2)
+
+    def more(self, groups: Groups, done: int) -> Ints | None:
+        """As many again in all, for the half of greatest variance."""
+        if done > 1:
+            return None
+        c, n = groups.successes, groups.counts
+        best = np.argsort(-(c + 0.5) * (n - c + 0.5), kind="stable")[: c.size // 2]
+        return np.where(np.isin(np.arange(c.size), best), 2 * (self.mean // 2), 0)
+
+
+Planner = Uniform | GDROController
+BINS = 10
+
+
+def _core(**options: Any) -> Callable[[SkillPopulation, int], Planner]:
+    """A controller of gdro_core; its own seed decides ties only."""
+
+    def build(population: SkillPopulation, mean: int) -> Planner:
+        rollout = options.get("rollout")
+        game = None if rollout is None else RolloutGDRO(BINS, mean, LOW, HIGH, **rollout)
+        prompt = None if options.get("prompt") is None else PromptGDRO(BINS, **options["prompt"])
+        return GDROController(
+            OnlineDifficultyClassifier(),
+            prompt,
+            game,
+            mean_rollouts=mean if game is None else None,
+            preserve_objective=options.get("preserve", False),
+        )
+
+    return build
+
+
+def _published(prompt: bool) -> Callable[[SkillPopulation, int], Planner]:
+    return lambda population, mean: GDROController.published(mean, LOW, HIGH, prompt=prompt, rollout=not prompt)
+
+
+PEERS: dict[str, Callable[[SkillPopulation, int], Planner]] = {
+    "uniform": Uniform,
+    "zero-information null": _core(rollout={"permute": True}),
+    "Neyman oracle": NeymanOracle,
+    "Neyman plug-in": NeymanPlugIn,
+    "VIP": VIP,
+    "Knapsack RL": Knapsack,
+    "CoBA-RL": CoBA,
+    "HORA": HORA,
+    "Reinforce-Ada": ReinforceAda,
+    "GRESO": GRESO,
+    "MoPPS": MoPPS,
+    "DAPO refill": DAPO,
+    "MT-GRPO": MTGRPO,
+    "SEC": SEC,
+    "DUMP": DUMP,
+    "VIGOR": VIGOR,
+    "Sagawa": Sagawa,
+    "CVaR": _core(prompt={"adversary": "cvar"}),
+    "chi-square": _core(prompt={"adversary": "chi-square"}),
+    "published Prompt-GDRO": _published(True),
+    "published Rollout-GDRO": _published(False),
+    "recommended prompt": _core(prompt={}),
+    "recommended rollout": _core(rollout={}),
+    "joint": _core(prompt={}, rollout={}),
+    "joint, objective preserved": _core(prompt={}, rollout={}, preserve=True),
+}
+
+
+def race(population: SkillPopulation, planner: Planner, total: int, batch: int, seed: int) -> list[Row]:
+    """Train until `total` rollouts are spent; per step the rollouts so far, held-out metrics and share of mixed groups.
+
+    The last step may pass `total`: interpolate there. Streams and epochs are those of `population.train`, so that runs
+    of different planners are paired, and a planner that spends n_bar a prompt has the same run in both.
+
+    Args:
+        population: at its start; trained in place.
+        planner: a peer or a controller.
+        total: rollouts to spend, discarded ones included.
+        batch: prompts of a step.
+        seed: of batches, outcomes and the planner's draws.
+    """
+    order, outcome, own = (np.random.default_rng([seed, stream]) for stream in (1, 2, 3))
+    queue, rollouts, found = np.zeros(0, dtype=np.int64), 0, [_state(population, 0, 0.0)]
+    waiting: Groups | None = None
+    while rollouts < total:
+        if queue.size < batch:
+            fresh = order.permutation(population.prompts)
+            queue = np.concatenate([queue, fresh[~np.isin(fresh, queue)], fresh[np.isin(fresh, queue)]])
+        drawn, queue = queue[:batch].tolist(), queue[batch:]
+        plan: Any = planner.plan(drawn) if isinstance(planner, GDROController) else planner.plan(drawn, own)
+        rows = np.asarray(plan.ids, dtype=np.int64)
+        groups = _sample(population, rows, plan.counts, plan.weights, outcome)
+        kept = groups
+        if isinstance(planner, Uniform):
+            done = 1
+            while (extra := planner.more(groups, done)) is not None:
+                groups, done = groups.with_more(_sample(population, rows, extra, plan.weights, outcome)), done + 1
+            plan, kept = Ask(plan.ids, groups.counts, plan.weights), planner.keep(groups)
+        rollouts += int(groups.counts.sum())
+        full = True
+        if isinstance(planner, Uniform) and planner.fills_batches:
+            waiting = kept if waiting is None else _joined(waiting, kept)
+            full = waiting.rows.size >= batch
+            kept = waiting.of(np.arange(waiting.rows.size) < batch)
+        if full:
+            population.correct = kept.correct
+            if isinstance(planner, GDROController) and planner.needs_losses:
+                losses = population.prompt_losses(kept.rows, kept.counts, kept.rewards, kept.weights)
+                planner.observe_losses(plan, losses)
+            population.update(kept.rows, kept.counts, kept.rewards, kept.weights)
+            waiting = None
+        planner.observe(plan, groups.rewards)
+        found.append(_state(population, rollouts, float(groups.mixed.mean())))
+    return found
+
+
+def _state(population: SkillPopulation, rollouts: int, mixed: float) -> Row:
+    return {"rollouts": rollouts, "mixed": mixed, **population.metrics()}
+
+
+def _sample(population: SkillPopulation, rows: Ints, counts: Ints, weights: Floats, rng: np.random.Generator) -> Groups:
+    rewards = population.sample(rows, counts, rng)
+    return Groups(rows, counts, weights, rewards, population.correct)
+
+
+def _joined(first: Groups, second: Groups) -> Groups:
+    names = ("rows", "counts", "weights", "rewards", "correct")
+    return Groups(*(np.concatenate([getattr(first, name), getattr(second, name)]) for name in names))
+
+
+def _rounded(real: Floats, total: int) -> Ints:
+    """Whole counts of the given sum by largest remainder."""
+    counts = np.floor(real + 1e-9).astype(np.int64)
+    counts[np.argsort(counts - real, kind="stable")[: total - int(counts.sum())]] += 1
+    return counts

@@ -1,0 +1,217 @@
+"""Each peer is its quoted rule on an example done by hand, meets its budget and repeats itself; the race is fair."""
+
+from __future__ import annotations
+
+from math import exp, gamma, log, sqrt
+
+import numpy as np
+import pytest
+
+from gdro_core import GDROController
+from simulations import peers
+from simulations.experiments import peers as experiment
+from simulations.peers import PEERS, Ask, Groups, race
+from simulations.population import SkillPopulation, train
+
+MEAN, BATCH = 8, 20
+ADAPTIVE = ("Reinforce-Ada", "GRESO", "DAPO refill", "VIGOR")
+
+
+def small(seed=0, **options):
+    return SkillPopulation(seed, prompts=60, held_out=20, learning_rate=0.05, **options)
+
+
+def groups(*rewards, rows=None):
+    """Groups of hand-written rewards."""
+    flat = np.concatenate([np.asarray(r, dtype=float) for r in rewards])
+    counts = np.array([len(r) for r in rewards])
+    rows = np.arange(len(rewards)) if rows is None else np.asarray(rows)
+    return Groups(rows, counts, np.ones(len(rewards)), flat, flat == 1)
+
+
+def told(name, *successes):
+    """A peer that saw so many of 8 rollouts right on prompts 0, 1, ..."""
+    peer = PEERS[name](small(), MEAN)
+    counts = np.full(len(successes), 8)
+    rewards = np.concatenate([np.arange(8) < s for s in successes]).astype(float)
+    peer.observe(Ask(list(range(len(successes))), counts, np.ones(len(successes))), rewards)
+    return peer
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_a_race_repeats_itself_and_spends_the_budget(name):
+    """The same seed, the same run; at least the total is spent, and less than one step more."""
+    total = 6 * BATCH * MEAN
+    runs = []
+    for _ in range(2):
+        population = small()
+        runs.append(race(population, PEERS[name](population, MEAN), total, BATCH, seed=3))
+    assert runs[0] == runs[1]
+    spent = [row["rollouts"] for row in runs[0]]
+    assert spent[-1] >= total > spent[-2]
+    assert (np.diff(spent) > 0).all()
+    if name not in ADAPTIVE:
+        assert np.diff(spent).tolist() == [MEAN * BATCH] * 6
+
+
+@pytest.mark.parametrize("name", [name for name in PEERS if name not in ADAPTIVE])
+def test_plans_meet_the_exact_budget_inside_the_bounds(name):
+    """After some steps: distinct prompts, counts in 2..24 of sum n_bar N, positive weights."""
+    population = small()
+    peer = PEERS[name](population, MEAN)
+    race(population, peer, 8 * BATCH * MEAN, BATCH, seed=1)
+    ids = list(range(7, 7 + BATCH))
+    plan = peer.plan(ids) if isinstance(peer, GDROController) else peer.plan(ids, np.random.default_rng(0))
+    assert len(set(plan.ids)) == BATCH
+    assert plan.counts.sum() == MEAN * BATCH
+    assert plan.counts.min() >= peers.LOW
+    assert plan.counts.max() <= peers.HIGH
+    assert (plan.weights > 0).all()
+
+
+def test_uniform_has_the_same_run_here_and_in_train():
+    """The race adds rounds, discards and refills; without them it is `population.train`."""
+    one, other = small(), small()
+    raced = race(one, PEERS["uniform"](one, MEAN), 5 * BATCH * MEAN, BATCH, seed=2)
+    trained = train(other, GDROController.uniform(MEAN), 5, BATCH, MEAN, seed=2)
+    assert [row["pass_at_8"] for row in raced[1:]] == [row["pass_at_8"] for row in trained]
+
+
+def test_neyman_follows_the_square_root_of_the_variance():
+    """Posterior means 1/2 and 1/18: √(p q) = .5 and .229, so 16 rollouts go 11 : 5; the oracle reads true rates."""
+    assert told("Neyman plug-in", 4, 0).plan([0, 1], np.random.default_rng(0)).counts.tolist() == [11, 5]
+    population = small()
+    p = population.pass_rate[:20]
+    counts = PEERS["Neyman oracle"](population, MEAN).plan(list(range(20)), np.random.default_rng(0)).counts
+    law = np.sqrt(p * (1 - p))
+    np.testing.assert_allclose(counts, np.clip(160 * law / law.sum(), 2, 24), atol=3)
+
+
+def test_vip_is_one_plus_a_share_of_the_rest():
+    """1 + (16 - 2) .5 / .729 = 10.6 and 1 + 14 x .229 / .729 = 5.4."""
+    assert told("VIP", 4, 0).plan([0, 1], np.random.default_rng(0)).counts.tolist() == [11, 5]
+
+
+@pytest.mark.parametrize(
+    ("name", "a", "b", "expected"),
+    [
+        ("Knapsack RL", 1.0, 1.0, 0.5 * 0.125),
+        ("HORA", 1.0, 1.0, 1 - 1 / 2 * 2 / 3),
+        ("CoBA-RL", 1.0, 1.0, (1 - exp(-0.5)) * gamma(7) / gamma(3.5) ** 2 * 0.5**5),
+    ],
+)
+def test_utility_of_two_rollouts(name, a, b, expected):
+    """At p = 1/2: (1 - 1/4 - 1/4) / 8; 1 - (1/2)(2/3); (1 - e^{-2/4}) BetaPDF(1/2; 3.5, 3.5) at failure rate 1/2."""
+    peer = PEERS[name](small(), MEAN)
+    assert peer.utility(np.array([a]), np.array([b]))[0, 0] == pytest.approx(expected)
+
+
+def test_coba_turns_to_easy_prompts_when_it_fails():
+    """Failure rate of the last batch: 1 - 2/16."""
+    assert told("CoBA-RL", 2, 0).failure == pytest.approx(14 / 16)
+    peer = told("CoBA-RL", 0, 0)
+    easy, hard = peer.utility(np.array([8.0, 2.0]), np.array([2.0, 8.0]))[:, 5]
+    assert easy > hard
+
+
+def test_reinforce_ada_stops_at_half_and_half_and_keeps_the_rare_kind():
+    """k = 8: four of each kind end the rounds; of 7 right and 9 wrong half each are kept, of 15 and 1 seven and one."""
+    peer = PEERS["Reinforce-Ada"](small(), MEAN)
+    drawn = groups([1] * 4 + [0] * 4, [1] * 8, [0] * 6 + [1] * 2)
+    assert peer.more(drawn, 1).tolist() == [0, 8, 8]
+    assert peer.more(drawn, 4) is None
+    kept = peer.keep(groups([1] * 7 + [0] * 9, [1] * 15 + [0], [0] * 32))
+    assert kept.counts.tolist() == [8, 8, 8]
+    assert kept.successes.tolist() == [4, 7, 0]
+
+
+def test_dapo_keeps_mixed_groups():
+    """Neither all right nor all wrong."""
+    kept = PEERS["DAPO refill"](small(), MEAN).keep(groups([1] * 8, [1, 0], [0] * 8, rows=[5, 6, 7]))
+    assert (kept.rows.tolist(), kept.rewards.tolist()) == ([6], [1.0, 0.0])
+
+
+def test_greso_skips_by_the_streak():
+    """Streaks 0, 1, 3 and 20 stay with probability 1, 1/2, 1/8 and .01; a mixed group ends a streak."""
+    peer = told("GRESO", 0, 8, 4)
+    assert peer.streak[:3].tolist() == [1, 1, 0]
+    peer.streak[:4] = [0, 1, 3, 20]
+    rng = np.random.default_rng(0)
+    seen = np.bincount(np.concatenate([peer.plan([0, 1, 2, 3], rng).ids for _ in range(4000)]), minlength=4) / 4000
+    np.testing.assert_allclose(seen, [1, 0.5, 0.125, 0.01], atol=0.03)
+
+
+def test_mopps_takes_prompts_near_one_half():
+    """Posteriors made almost certain: the 20 prompts told half right are taken, wherever they are in the pool."""
+    peer = PEERS["MoPPS"](small(), MEAN)
+    successes = np.where(np.arange(60) % 3 == 0, 5000, 0)
+    peer.memory.observe(list(range(60)), successes, np.full(60, 10000))
+    plan = peer.plan(list(range(BATCH)), np.random.default_rng(0))
+    assert sorted(plan.ids) == list(range(0, 60, 3))
+
+
+def test_vigor_gives_the_uncertain_half_as_much_again():
+    """Four each, then eight more for two of four prompts: 32 = 8 x 4."""
+    peer = PEERS["VIGOR"](small(), MEAN)
+    assert peer.plan([0, 1, 2, 3], np.random.default_rng(0)).counts.tolist() == [4] * 4
+    first = groups([1] * 4, [1, 1, 0, 0], [0] * 4, [1, 0, 0, 0])
+    assert peer.more(first, 1).tolist() == [0, 8, 0, 8]
+    assert peer.more(first, 2) is None
+
+
+def test_sagawa_raises_groups_by_loss_and_size():
+    """q_g exp(.05 (1 - mean reward + 1 / √n_g)) over the groups in the batch."""
+    population = small()
+    peer = PEERS["Sagawa"](population, MEAN)
+    groups_present = np.unique(population.group)
+    hard, easy = (int(np.flatnonzero(population.group == g)[0]) for g in groups_present[[0, -1]])
+    before = peer.q.copy()
+    peer.observe(Ask([hard, easy], np.array([2, 2]), np.ones(2)), np.array([0.0, 0.0, 1.0, 0.0]))
+    size = np.bincount(population.group)
+    factor = np.ones(size.size)
+    factor[groups_present[0]] = exp(0.05 * (1 + 1 / sqrt(size[groups_present[0]])))
+    factor[groups_present[-1]] = exp(0.05 * (0.5 + 1 / sqrt(size[groups_present[-1]])))
+    np.testing.assert_allclose(peer.q, before * factor / (before * factor).sum())
+    assert peer.weights([hard, easy]).mean() == pytest.approx(1)
+
+
+def test_mt_grpo_forgives_a_group_that_improves():
+    """First loss 1 counts in full; then loss 1/2 after 1 is an improvement of 1/2, and nothing is added."""
+    population = small()
+    peer = PEERS["MT-GRPO"](population, MEAN)
+    one = Ask([0], np.array([2]), np.ones(1))
+    g = population.group[0]
+    odds = [peer.q[g] / (1 - peer.q[g])]
+    for rewards in ([0.0, 0.0], [1.0, 0.0]):
+        peer.observe(one, np.array(rewards))
+        odds.append(peer.q[g] / (1 - peer.q[g]))
+    assert odds[1] / odds[0] == pytest.approx(exp(0.05))
+    assert odds[2] / odds[1] == pytest.approx(1)
+
+
+def test_sec_and_dump_score_categories_by_their_advantages():
+    """Half right: mean |A| = 1. SEC goes half way; DUMP adds √(2 ln 2 / 2) after a visit, √(2 ln 2) before."""
+    sec, dump = (PEERS[name](small(), MEAN) for name in ("SEC", "DUMP"))
+    plan = Ask([0], np.array([2]), np.ones(1))
+    for peer in (sec, dump):
+        peer.observe(plan, np.array([1.0, 0.0]))
+    c = int(sec.category[0])
+    assert sec.value[c] == pytest.approx(0.5)
+    assert sec.preference()[c] == pytest.approx(0.5 / 0.4)
+    logits = dump.preference()
+    assert logits[c] == pytest.approx((1 + sqrt(log(2))) / 0.1)
+    assert logits[c - 1] == pytest.approx(sqrt(2 * log(2)) / 0.1)
+
+
+def test_further_rollouts_are_sorted_to_their_prompts():
+    """Groups stay prompt after prompt when a round is added."""
+    both = groups([1, 1], [0]).with_more(groups([0], [1, 1]))
+    assert both.counts.tolist() == [3, 3]
+    assert both.rewards.tolist() == [1, 1, 0, 0, 1, 1]
+
+
+def test_the_first_crossing_is_interpolated():
+    """Half way between 10 and 20 rollouts; empty if never."""
+    spent, values = np.array([0.0, 10.0, 20.0]), np.array([0.1, 0.2, 0.4])
+    assert experiment._first_reach(spent, values, 0.3) == pytest.approx(15.0)
+    assert experiment._first_reach(spent, values, 0.5) == ""
