@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -9,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging
 
@@ -19,6 +21,10 @@ from gdro_llm.sampling import sample
 
 torch.set_num_threads(1)  # more threads spin against each other on models this small
 logging.disable_progress_bar()
+# Some tests fork and kill: tqdm's default lock is shared by processes, and a child killed while it holds it would stop
+# its parent for ever; nor may a monitor thread hold a lock at the moment of a fork.
+tqdm.set_lock(threading.RLock())
+tqdm.monitor_interval = 0
 
 
 @pytest.fixture(scope="session")
