@@ -35,7 +35,7 @@ lint: install  ## style and types
 bench: install  ## speed and memory of gdro_core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/bench_core.py --benchmark-columns=median,min,rounds --benchmark-sort=name --benchmark-disable-gc
 
-figures: install  ## every claim with its figure, full size, into runs/simulations (under an hour; again: goes on)
+figures: install  ## every claim with its figure, full size, into runs/simulations (a quarter of an hour; resumes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m simulations figures --jobs 2
 
 clean:  ## remove the environment and all runs
