@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install train test test-all lint bench figures clean
+.PHONY: help install train test test-all lint seeds bench figures clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -31,6 +31,11 @@ lint: install  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+seeds: install  ## the same over seeds 0 to 3, paired: the README's differences (ten minutes; resumes)
+	for s in 0 1 2 3; do for c in grpo recommended; do \
+	  $(BIN)/gdro train quickstart --controller $$c --seed $$s --out runs/seeds/$$s-$$c --resume || exit 1; done; done
+	$(BIN)/python -m gdro_llm.seeds runs/seeds
 
 bench: install  ## speed and memory of gdro_core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/bench_core.py --benchmark-columns=median,min,rounds --benchmark-sort=name --benchmark-disable-gc

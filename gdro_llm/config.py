@@ -80,7 +80,10 @@ class Config:
     clip_high: float = option(0.28, "update", "probability ratio is clipped above 1 + this")
     scale_rewards: bool = option(True, "update", "divide advantages by the group's standard deviation")
     aggregation: str = option(
-        "prompt", "update", "a prompt's pull: the same for all, or growing with its rollouts", ("prompt", "rollout")
+        "prompt",
+        "update",
+        "a prompt's factor in the loss: its weight, or its weight times its rollouts",
+        ("prompt", "rollout"),
     )
     update_rows: int = option(256, "update", "sequences in one backward pass; lower it when memory is short")
 

@@ -29,14 +29,14 @@ def group_advantages(rewards_R: np.ndarray, owner_R: np.ndarray, *, scale: bool)
 
 
 def rollout_scale(weights_P: np.ndarray, counts_P: np.ndarray, owner_R: np.ndarray, aggregation: str) -> np.ndarray:
-    r"""Positive factor on each rollout's advantage: its prompt's weight, and n_bar / n_i for equal pull of prompts.
+    r"""Positive factor on each rollout's advantage: its prompt's weight, and n_bar / n_i to undo its number.
 
     Args:
         weights_P: (P,) prompt weights of the plan.
         counts_P: (P,) rollouts of the plan.
         owner_R: (R,) prompt row of each rollout.
-        aggregation: `"prompt"`: every prompt pulls by its weight, however many rollouts it got; `"rollout"`: every
-            rollout counts the same, so that a prompt's pull grows with n_i (plain token mean, as DAPO).
+        aggregation: `"prompt"`: the factors of a prompt sum to n_bar times its weight, however many rollouts it got;
+            `"rollout"`: every rollout counts the same, so that they sum to n_i times it (plain token mean, as DAPO).
 
     Returns:
         (R,) factors.

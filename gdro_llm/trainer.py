@@ -5,7 +5,8 @@ The controller decides each prompt's weight and number of rollouts before sampli
 1. Advantages are centred (and scaled) within each prompt's group, whatever its size (Eq. 3), then multiplied by the
    prompt's weight (Eq. 16). The logged `reward` is never weighted; `weighted_reward` is.
 2. The loss is the clipped surrogate averaged over the tokens of the batch. Departs: with `aggregation="prompt"` a
-   rollout also counts n_bar / n_i, so that a prompt with more rollouts does not pull as often, but more precisely (F6).
+   rollout also counts n_bar / n_i, so that a prompt's pull does not grow with n_i; what is left of F6 is w_n(p), which
+   std-normalised advantages bring along (`gdro_core.gradient_weight`).
 3. Rollouts without advantage have no gradient and are left out of the backward pass, which is exact (there is no KL
    term); their tokens still count in the mean.
 4. Ratios are taken against the sampler's own log-probabilities; `sampler_kl` watches that they are the trainer's.
