@@ -185,6 +185,9 @@ class GDROController:
         num_bins: int = 10,
         prompt: bool = True,
         rollout: bool = True,
+        adversary: str = "entropic",
+        step_size: float = 2.0,
+        utility: str = "variance",
         preserve_objective: bool = False,
         seed: int = 0,
     ) -> GDROController:
@@ -199,8 +202,8 @@ class GDROController:
         """
         return cls(
             OnlineDifficultyClassifier(_equal_edges(num_bins)),
-            PromptGDRO(num_bins) if prompt else None,
-            RolloutGDRO(num_bins, mean_rollouts, min_rollouts, max_rollouts) if rollout else None,
+            PromptGDRO(num_bins, adversary=adversary, step_size=step_size) if prompt else None,
+            RolloutGDRO(num_bins, mean_rollouts, min_rollouts, max_rollouts, utility=utility) if rollout else None,
             mean_rollouts=None if rollout else mean_rollouts,
             preserve_objective=preserve_objective,
             seed=seed,

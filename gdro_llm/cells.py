@@ -11,6 +11,8 @@ probability .005 to .05, and every other strategy ends in a wrong answer, so tha
 A model is brought there by supervised examples (``warm_start_example``). The control character "!" in place of "=" asks
 for the scratch work: it teaches the skill while the propensity to use it stays rare.
 
+``SHARED_CELLS`` are the same cells with one strategy for all of them: what is learnt on one helps on every other.
+
 At most two completions of a problem are graded correct, so its success probability is a sum of two products of token
 probabilities: mean@k and pass@k follow without sampling noise (``policy.success_probability``).
 """
@@ -20,7 +22,7 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -171,6 +173,8 @@ CELLS: tuple[Cell, ...] = (
     Cell("sub4", _binary("-", 4, 3), 0.005, "hard", "D"),
     Cell("sum5", _sum(5), 0.005, "hard", "E"),
 )
+SHARED_CELLS = tuple(replace(cell, strategy=cell.strategy and STRATEGIES[0]) for cell in CELLS)
+TESTBEDS = {"cells": CELLS, "cells-shared": SHARED_CELLS}  # by name of the data: little transfer, strong transfer
 
 
 def split_of(question: str) -> Split:
@@ -179,8 +183,8 @@ def split_of(question: str) -> Split:
     return splits.get(zlib.crc32(question.encode()) % 8, "train")
 
 
-def cell_problems(split: Split, per_level: dict[str, int], seed: int) -> list[Problem]:
-    """Distinct problems of every cell, ``per_level[cell.level]`` each, in the order of ``CELLS``.
+def cell_problems(split: Split, per_level: dict[str, int], seed: int, cells: tuple[Cell, ...] = CELLS) -> list[Problem]:
+    """Distinct problems of every cell, ``per_level[cell.level]`` each, in the order of ``cells``.
 
     The splits are disjoint whatever the seeds, and a cell's problems do not depend on how many the others give: a
     larger request extends a smaller one.
@@ -197,7 +201,7 @@ def cell_problems(split: Split, per_level: dict[str, int], seed: int) -> list[Pr
     if unknown := set(per_level) - set(LEVELS):
         raise ValueError(f"per_level must name levels among {LEVELS}, got {sorted(unknown)}")
     problems: list[Problem] = []
-    for cell in CELLS:
+    for cell in cells:
         wanted = per_level.get(cell.level, 0)
         found: dict[str, Problem] = {}
         draws = cell.examples(random.Random(f"{seed}/{cell.name}"), split)

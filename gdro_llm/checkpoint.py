@@ -180,6 +180,25 @@ def _rotate(out: Path) -> None:
         shutil.rmtree(leaving)
 
 
+def save_best(out: Path, write_model: Callable[[Path], None]) -> None:
+    """Write the model into `best`, in place of the one before. On one process only.
+
+    Raises:
+        UsageError: the disk does not take it.
+    """
+    scratch, old = out / ".best.tmp", out / ".best-before.tmp"
+    try:
+        for left in (scratch, old):
+            shutil.rmtree(left, ignore_errors=True)  # of a run that was killed
+        write_model(scratch)
+        if (out / "best").exists():
+            (out / "best").rename(old)
+        scratch.rename(out / "best")
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise _cannot_write(out / "best", out, str(error)) from error
+
+
 def load_checkpoint(checkpoint: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The optimizer's tensors, for `optimizer_state.load_optimizer_state`, and the state that were saved."""
     state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The `gdro` command: train, eval, plan-memory, report, presets, warm-start."""
+"""The `gdro` command: train, compare, eval, plan-memory, report, presets, warm-start."""
 
 from __future__ import annotations
 
@@ -53,6 +53,24 @@ Sample answers to the problems of one or several sets and report mean@n and pass
 Without a run the settings are those of the data's preset (cells, ladder), or else: 16 answers of up to 4096 tokens,
 math grader, chat prompts (--prompt-style plain for base models) that ask for \\boxed{}. Options override either.
 The same command gives the same numbers on the same machine; each set's do not depend on the other sets.
+"""
+
+
+COMPARE = """\
+Train every method with every seed, from the same warm start, on the same prompts, with the same total rollouts, and
+say what the paired differences show. Run again, it goes on where it stopped.
+
+  gdro compare quickstart --methods grpo,joint --seeds 4                    a few minutes on two cores
+  gdro compare quickstart --methods grpo,null,prompt,rollout,joint,mopps,dapo,published-prompt+minibatches=2
+  gdro compare smollm2-arith --model DIR --methods grpo,joint+adversary_step=1 --validation-problems 100
+
+A method is a name, then settings after a plus each: grpo, null (the recommended plan dealt to random prompts), prompt,
+rollout, joint (recommended, one game or both), implicit (uniform rollouts, with the weights that the planned ones would
+imply), published-prompt, published-rollout, dr-grpo, dapo (only mixed groups; all rollouts count), mopps.
+
+While a run trains it is evaluated on validation problems; the table is of the test problems, with the last weights, and
+with those best on the validation problems. A difference counts as evidence where its 95 % bootstrap interval (over warm
+starts and seeds) and a sign test agree; fewer than six seeds cannot give any.
 """
 
 
@@ -118,11 +136,30 @@ def main(argv: list[str] | None = None) -> int:
     plan.add_argument("--gpus", type=int, default=1, help="GPUs that share the weights [%(default)s]")
     add_options(plan)
 
+    comparison = subparsers.add_parser(
+        "compare",
+        help="methods x seeds, paired, with intervals",
+        usage="gdro compare PRESET [--methods A,B] [--seeds N] [--models DIR,DIR] [--jobs N] [--out DIR] [--KEY VALUE]",
+        description=COMPARE,
+        epilog="DIR holds comparison.json, .csv (a line a run), .md, .tex, .png, and every run without its weights.",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=118),
+    )
+    comparison.add_argument("preset", help=f"one of {', '.join(preset_names())}, or a .toml file")
+    comparison.add_argument("--methods", default="grpo,null,prompt,rollout,joint", help="the first is the baseline")
+    comparison.add_argument("--seeds", type=int, default=8, help="runs of each method, from --seed on [%(default)s]")
+    comparison.add_argument("--models", default="", help="warm starts; seed s starts from number s modulo their number")
+    comparison.add_argument("--jobs", type=int, default=0, help="runs side by side [one on a GPU, else one a core]")
+    comparison.add_argument("--out", type=Path, help="folder to write [default runs/compare-PRESET]")
+    add_options(comparison)
+
     presets = subparsers.add_parser("presets", help="list the presets, or print one with its settings")
     presets.add_argument("name", nargs="?", metavar="PRESET", help="print this one")
 
-    warm_start = subparsers.add_parser("warm-start", help="make the shipped warm-started weights of a preset again")
-    warm_start.add_argument("preset", choices=["quickstart"])
+    warm_start = subparsers.add_parser("warm-start", help="make a warm-started tiny model (the shipped one, or others)")
+    warm_start.add_argument(
+        "testbed", choices=["cells", "cells-shared"], help="little or strong transfer between cells"
+    )
+    warm_start.add_argument("--size", choices=["0.9M", "3M", "12M"], default="0.9M", help="parameters [%(default)s]")
     warm_start.add_argument("--out", type=Path, default=Path("runs/warm-start"), help="folder to write [%(default)s]")
     warm_start.add_argument("--seed", type=int, default=1, help="1 makes the shipped weights [%(default)s]")
 
@@ -136,6 +173,7 @@ def main(argv: list[str] | None = None) -> int:
             "eval": _evaluate,
             "report": _report,
             "presets": _presets,
+            "compare": _compare,
             "warm-start": _warm_start,
         }
         if command != "train" and _processes() > 1:
@@ -234,6 +272,14 @@ def _plan_memory(preset: str, gpu_memory: float, gpus: int, **overrides: object)
     print(f"fits: {check_fits(config, gpu_memory * 1e9, gpus)}")
 
 
+def _compare(
+    preset: str, methods: str, seeds: int, models: str, jobs: int, out: Path | None, **overrides: object
+) -> None:
+    from gdro_llm.compare import compare_preset
+
+    compare_preset(preset, methods, seeds, models, out, jobs, overrides)
+
+
 def _presets(name: str | None) -> None:
     if name is not None:
         if name not in preset_names():
@@ -245,10 +291,10 @@ def _presets(name: str | None) -> None:
         print(f"{each:26s} {first.removeprefix('# ')}")
 
 
-def _warm_start(preset: str, out: Path, seed: int) -> None:
+def _warm_start(testbed: str, size: str, out: Path, seed: int) -> None:
     from gdro_llm.warm_start import warm_start
 
-    warm_start(out, seed=seed)
+    warm_start(out, seed, testbed=testbed, size=size)
 
 
 if __name__ == "__main__":

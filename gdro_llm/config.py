@@ -21,6 +21,10 @@ CONTROLLERS = (
     "recommended-rollout",
     "published-prompt",
     "published-rollout",
+    "null",
+    "implicit",
+    "implicit-rollout",
+    "mopps",
 )
 
 
@@ -98,7 +102,9 @@ class Config:
     device: str = option("auto", "model", '"auto" takes a GPU if there is one', ("auto", "cpu", "cuda"))
     threads: int = option(0, "model", "CPU threads of torch; 0 takes its default, 1 is fastest for tiny models")
 
-    data: str = option("cells", "data", '"cells", "ladder" (embedded arithmetic), data set name, .jsonl or .parquet')
+    data: str = option(
+        "cells", "data", '"cells", "cells-shared", "ladder" (arithmetic), data set name, .jsonl or .parquet'
+    )
     test_data: str = option("", "data", "held-out sets, names or files, separated by commas (not for embedded data)")
     prompt_style: str = option(
         "plain", "data", "the template as it stands, or as the user's turn of a chat", ("plain", "chat")
@@ -110,6 +116,15 @@ class Config:
     grade_seconds: float = option(5.0, "data", "a completion that takes longer to grade counts as wrong")
     grade_workers: int = option(0, "data", "processes of the math grader; 0: one a core")
     test_problems: int = option(1000, "data", "evaluate on at most so many test problems, the same ones always")
+    validation_problems: int = option(
+        0,
+        "data",
+        "while training evaluate on so many other held-out problems; the test problems are then left alone until the "
+        "end: results of the last weights and of those best in validation pass@k. 0: evaluate on the test problems",
+    )
+    reward_noise: float = option(
+        0.0, "data", "share of the training grades that are turned round, as by a bad verifier"
+    )
 
     controller: str = option("recommended", "controller", "who decides weights and rollouts", CONTROLLERS)
     batch_size: int = option(128, "controller", "prompts a step")
@@ -117,6 +132,9 @@ class Config:
     min_rollouts: int = option(2, "controller", "fewest rollouts a prompt can get")
     max_rollouts: int = option(12, "controller", "most rollouts a prompt can get")
     num_bins: int = option(10, "controller", "difficulty bins, equal in pass rate")
+    adversary: str = option("entropic", "controller", "of recommended weights", ("entropic", "cvar", "chi-square"))
+    adversary_step: float = option(2.0, "controller", "how far the entropic adversary goes (eta)")
+    utility: str = option("variance", "controller", "of recommended rollouts", ("variance", "mixed", "hit"))
 
     engine: str = option("hf", "sampling", "transformers, or vLLM in this process", ("hf", "vllm"))
     vllm_memory: float = option(0.5, "sampling", "share of GPU memory that vLLM takes while it samples")
@@ -131,6 +149,9 @@ class Config:
     stop: str = option("", "sampling", "a token whose text holds this ends a completion, besides the model's own end")
     sample_rows: int = option(1024, "sampling", "sequences sampled side by side; lower it when memory is short")
     eval_samples: int = option(8, "sampling", "samples a test problem: mean@k and pass@k with this k")
+    eval_exact: bool = option(
+        False, "sampling", "compute mean@k and pass@k from probabilities instead (embedded cells)"
+    )
 
     loss: str = option("dapo", "update", "surrogate and its mean", ("dapo", "dr_grpo", "grpo", "gspo", "cispo"))
     optimizer: str = option("adamw", "update", "adamw8bit: moments in 8 bits (torchao)", ("adamw", "adamw8bit"))
@@ -153,6 +174,7 @@ class Config:
         "truncated completions: as others, left out of the loss, or punished",
         ("keep", "mask", "punish"),
     )
+    refill: bool = option(False, "update", "train on mixed groups only, gathered until a batch is full (DAPO)")
     overlong_buffer: int = option(0, "update", "last tokens over which the punishment grows from 0 to -1 (DAPO)")
     preserve_objective: bool = option(False, "update", "rollouts change the update's variance only, not its mean (F6)")
     scale_rewards: bool = option(True, "update", "divide advantages by the group's standard deviation")
@@ -179,6 +201,14 @@ class Config:
         for name in _POSITIVE:
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} must be above 0, got {getattr(self, name)!r}")
+        if not 0 <= self.reward_noise <= 0.5:
+            raise UsageError(f"reward_noise must lie in [0, 0.5], got {self.reward_noise!r}")
+        if self.refill and (self.controller.startswith("published") or self.kl_coef or self.overlong == "mask"):
+            raise UsageError("refill needs kl_coef 0, overlong 'keep' or 'punish' and no published controller")
+        steered = self.controller.partition("-")[0] in ("recommended", "null", "implicit")
+        for name in ("adversary", "adversary_step", "utility"):
+            if not steered and getattr(self, name) != getattr(Config, name):
+                raise UsageError(f"{name} changes nothing with controller {self.controller!r}")
         for name in ("eval_top_p", "vllm_memory"):
             if not 0 < getattr(self, name) <= 1:
                 raise UsageError(f"{name} must lie in (0, 1], got {getattr(self, name)!r}")
@@ -191,7 +221,7 @@ class Config:
         for name, value in _PRESERVING.items():
             if self.preserve_objective and getattr(self, name) != value:
                 raise UsageError(f"preserve_objective needs {name} {value!r}, got {getattr(self, name)!r}")
-        if self.preserve_objective and (self.controller == "grpo" or self.controller.startswith("published")):
+        if self.preserve_objective and not self.controller.startswith("recommended"):
             raise UsageError(f"preserve_objective must be off with controller {self.controller!r}")
         if self.lora_rank and self.trainable_layers:
             raise UsageError("trainable_layers must be 0 with lora_rank: adapters sit in all layers")
@@ -248,6 +278,8 @@ _LOWEST = {
     "eval_samples": 1,
     "warmup_steps": 0,
     "adam_beta2": 0.0,
+    "validation_problems": 0,
+    "adversary_step": 0.0,
     "weight_decay": 0.0,
     "minibatches": 1,
     "clip_low": 0.0,

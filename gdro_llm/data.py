@@ -38,6 +38,9 @@ class Problem:
     accepted: tuple[str, ...] = ()  # where finite: every completion graded correct, so that pass rates are exact
 
 
+EMBEDDED = ("cells", "cells-shared", "ladder")
+
+
 @dataclass(frozen=True)
 class PublicSet:
     """Where a set of the hub lies and what its columns mean."""
@@ -114,7 +117,7 @@ KNOWN: dict[str, PublicSet] = {
 
 def load_problems(config: Config) -> tuple[list[Problem], list[Problem]]:
     """Training and test problems of a configuration, without overlap."""
-    if config.data in ("cells", "ladder"):
+    if config.data in EMBEDDED:
         if config.test_data:
             raise UsageError(f"test_data must be empty with data {config.data!r}, which brings its own")
         train, test = _embedded(config.data, "train"), _embedded(config.data, "test")
@@ -128,10 +131,29 @@ def load_problems(config: Config) -> tuple[list[Problem], list[Problem]]:
             f"batch_size must be at most the {len(train)} problems of {config.data}, got {config.batch_size}"
         )
     if len(test) > config.test_problems:
-        test = [
-            test[i] for i in sorted(np.random.default_rng(0).choice(len(test), config.test_problems, replace=False))
-        ]
+        test = [test[i] for i in _some(len(test), config.test_problems)]
     return train, test
+
+
+def hold_out(train: list[Problem], config: Config) -> tuple[list[Problem], list[Problem]]:
+    """Training problems, and `validation_problems` others: the cells' own split, of other data some of these."""
+    wanted = config.validation_problems
+    if not wanted:
+        return train, []
+    if config.data in EMBEDDED[:2]:
+        found = _embedded(config.data, "validation")
+        return train, [found[i] for i in _some(len(found), min(wanted, len(found)))]
+    if wanted > len(train) - config.batch_size:
+        raise UsageError(
+            f"validation_problems must leave a batch of the {len(train)} problems of {config.data}, got {wanted}"
+        )
+    chosen = set(_some(len(train), wanted))
+    return [p for i, p in enumerate(train) if i not in chosen], [train[i] for i in sorted(chosen)]
+
+
+def _some(size: int, wanted: int) -> list[int]:
+    """Ascending rows, the same ones always."""
+    return sorted(np.random.default_rng(0).choice(size, wanted, replace=False).tolist())
 
 
 def read_sets(names: str) -> list[Problem]:
@@ -154,7 +176,7 @@ def read_sets(names: str) -> list[Problem]:
 
 def read_set(name: str, split: str = "train") -> list[Problem]:
     """Problems of one set: embedded (of a split), public, or a file."""
-    if name in ("cells", "ladder"):
+    if name in EMBEDDED:
         return _embedded(name, split)
     if name in KNOWN:
         return read_hub(name, KNOWN[name])
@@ -285,14 +307,15 @@ def _value(row: Row, column: str | Callable[[Row], str]) -> str:
 
 
 def _embedded(name: str, split: str) -> list[Problem]:
-    from gdro_llm.cells import cell_problems  # here, because they import Problem from this module
+    from gdro_llm.cells import TESTBEDS, cell_problems  # here, because they import Problem from this module
     from gdro_llm.ladder import ladder_problems
 
     if name == "ladder":
         return ladder_problems(split)
     if split == "train":
-        return cell_problems("train", {"easy": 100, "middle": 60, "hard": 25}, seed=7)
-    return cell_problems("test", {"easy": 40, "middle": 40, "hard": 40}, seed=8)
+        return cell_problems("train", {"easy": 100, "middle": 60, "hard": 25}, 7, TESTBEDS[name])
+    per_level = dict.fromkeys(("easy", "middle", "hard"), 40 if split == "test" else 20)
+    return cell_problems("test" if split == "test" else "validation", per_level, 8, TESTBEDS[name])
 
 
 def _without(train: list[Problem], test: list[Problem], name: str) -> list[Problem]:
@@ -321,7 +344,7 @@ def _content_hash(text: str) -> str:
 
 
 def _choose() -> str:
-    return f"choose cells, ladder, {', '.join(KNOWN)}, or give a .jsonl or .parquet file"
+    return f"choose {', '.join(EMBEDDED)}, {', '.join(KNOWN)}, or give a .jsonl or .parquet file"
 
 
 def _first_line(error: Exception) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -70,7 +70,12 @@ def evaluate(
     grader: Grader,
     workers: Workers = ALONE,
 ) -> dict[str, Any]:
-    """Sample `eval_samples` completions a problem as `config` wants them for evaluation, and `tabulate` the correct."""
+    """Sample `eval_samples` completions a problem as `config` wants them for evaluation, and `tabulate` the correct.
+
+    With `eval_exact` nothing is sampled: rates are computed from success probabilities, see `tabulate_exact`.
+    """
+    if config.eval_exact:
+        return tabulate_exact(problems, exact_rates(policy, problems, config), config.eval_samples)
     return tabulate(score(policy, problems, config, sampler, grader, workers))
 
 
@@ -110,14 +115,47 @@ def score(
     rewards, length, truncated = (np.array(column).reshape(size, samples) for column in zip(*answers, strict=True))
     if not np.isin(rewards, (0, 1)).all():
         raise ValueError(f"grades must be 0 or 1 to be counted, got {rewards}")
-    whole = config.eval_top_p == 1 and not config.eval_top_k and not config.stop
-    exact = None
-    if config.grader == "exact" and whole and all(problem.accepted for problem in problems):
-        accepted = [problem.accepted for problem in problems]
-        scored = replace(policy, temperature=config.eval_temperature)
-        with whole_weights(policy.scorer):
-            exact = success_probability(scored, prompts, accepted, config.sample_rows).numpy()
+    exact = exact_rates(policy, problems, config) if has_exact_rates(problems, config) else None
     return Scores(tuple(problems), rewards == 1, length, truncated, exact)
+
+
+def has_exact_rates(problems: Sequence[Problem], config: Config) -> bool:
+    """Whether accepted completions are all that is graded correct, and any completion can be drawn."""
+    whole = config.eval_top_p == 1 and not config.eval_top_k and not config.stop
+    return config.grader == "exact" and whole and all(problem.accepted for problem in problems)
+
+
+def exact_rates(policy: Policy, problems: Sequence[Problem], config: Config) -> Floats:
+    """(P,) success probabilities, where `has_exact_rates`."""
+    prompts = [prompt_tokens(policy.tokenizer, problem, config) for problem in problems]
+    scored = replace(policy, temperature=config.eval_temperature)
+    with whole_weights(policy.scorer):
+        accepted = [problem.accepted for problem in problems]
+        return np.asarray(success_probability(scored, prompts, accepted, config.sample_rows).numpy())
+
+
+def tabulate_exact(problems: Sequence[Problem], p_P: Floats, n: int) -> dict[str, Any]:
+    """As `tabulate`, of success probabilities p: mean@n is their mean, pass@k that of 1 - (1 - p)^k.
+
+    `success` has p of every problem by id; standard errors are over problems.
+    """
+
+    def rates(rows: NDArray[np.int64]) -> dict[str, Any]:
+        p, size = p_P[rows], len(rows)
+        found: dict[str, Any] = {"problems": size}
+        for name in rate_values(n):
+            kind, _, k = name.partition("@")
+            values = p if kind == "mean" else 1.0 - (1.0 - p) ** int(k)
+            found[name] = float(values.mean())
+            found[f"{name}_se"] = float(values.std(ddof=1) / np.sqrt(size)) if size > 1 else None
+        return found
+
+    return {
+        **rates(np.arange(len(problems))),
+        "by_level": _parts([problem.level for problem in problems], rates),
+        "by_task": _parts([problem.task for problem in problems], rates),
+        "success": {problem.id: float(p) for problem, p in zip(problems, p_P, strict=True)},
+    }
 
 
 def draw_seed(seed: int, name: str, block: int) -> int:
@@ -133,8 +171,8 @@ def tabulate(scores: Scores) -> dict[str, Any]:
     """
     return {
         **table(scores),
-        "by_level": _split(scores, [problem.level for problem in scores.problems]),
-        "by_task": _split(scores, [problem.task for problem in scores.problems]),
+        "by_level": _parts([problem.level for problem in scores.problems], lambda rows: table(scores.part(rows))),
+        "by_task": _parts([problem.task for problem in scores.problems], lambda rows: table(scores.part(rows))),
         "correct": {p.id: int(c) for p, c in zip(scores.problems, scores.correct_P, strict=True)},
     }
 
@@ -228,11 +266,10 @@ def _by_bin(scores: Scores, pass_rates_P: Floats, num_bins: int) -> dict[str, An
     }
 
 
-def _split(scores: Scores, names: list[str]) -> dict[str, Any]:
-    """By name, in the order of the problems, or of the numbers that all names end with; "" is no name."""
+def _parts(names: list[str], table_of: Callable[[NDArray[np.int64]], dict[str, Any]]) -> dict[str, Any]:
+    """A table of each name's rows, in the order of the problems or of the numbers all names end with; "" is no name."""
     order = [name for name in dict.fromkeys(names) if name]
     numbers = [re.search(r"\d+$", name) for name in order]
     if all(numbers):
         order.sort(key=lambda name: int(re.search(r"\d+$", name)[0]))  # type: ignore[index]
-    rows = np.array(names)
-    return {name: table(scores.part(rows == name)) for name in order}
+    return {name: table_of(np.flatnonzero(np.array(names) == name)) for name in order}

@@ -189,7 +189,7 @@ def _load(paths: Sequence[Path]) -> list[Run]:
         raise ValueError(
             f"{paths[0] / 'evaluations.jsonl'}: no split that all runs have; evaluate them on the same one"
         )
-    split = "test" if "test" in shared else shared[0]
+    split = "validation" if "validation" in shared else "test" if "test" in shared else shared[0]
     kept = [[row for row in run.evaluations if row.get("split", "") == split] for run in runs]
     return [replace(run, evaluations=_last_written(rows)) for run, rows in zip(runs, kept, strict=True)]
 

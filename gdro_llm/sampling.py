@@ -36,6 +36,33 @@ class Rollouts:
     truncated_R: torch.Tensor  # no stop token within max_new_tokens
     texts: list[str]  # without the stop token
 
+    def select(self, rows: np.ndarray) -> Rollouts:
+        """Some rows; prompts are numbered anew."""
+        kept = torch.from_numpy(rows).to(self.owner_R.device)
+        used, owner = self.owner_R[kept].unique(return_inverse=True)
+        tensors = (self.tokens_R_T[kept], self.mask_R_T[kept], self.logprobs_R_T[kept], self.truncated_R[kept])
+        return Rollouts([self.prompts[p] for p in used.tolist()], owner, *tensors, [self.texts[r] for r in rows])
+
+
+def joined(parts: Sequence[Rollouts]) -> Rollouts:
+    """Rollouts of several batches, one after the other."""
+    first = np.cumsum([0, *(len(part.prompts) for part in parts[:-1])]).tolist()
+    width = max(part.tokens_R_T.shape[1] for part in parts)
+
+    def stacked(name: str) -> torch.Tensor:
+        found = [getattr(part, name) for part in parts]
+        return torch.cat([torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in found])
+
+    return Rollouts(
+        [prompt for part in parts for prompt in part.prompts],
+        torch.cat([part.owner_R + start for part, start in zip(parts, first, strict=True)]),
+        stacked("tokens_R_T"),
+        stacked("mask_R_T"),
+        stacked("logprobs_R_T"),
+        torch.cat([part.truncated_R for part in parts]),
+        [text for part in parts for text in part.texts],
+    )
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -49,6 +76,8 @@ class Decoding:
 
 class Sampler(Protocol):
     """An engine that draws completions from the policy."""
+
+    policy: Policy
 
     def sample(
         self,
@@ -130,7 +159,7 @@ class HFSampler:
     """The policy's own model, `config.sample_rows` rows side by side."""
 
     def __init__(self, policy: Policy, config: Config) -> None:
-        self._policy, self._slots = policy, config.sample_rows
+        self.policy, self._slots = policy, config.sample_rows
 
     def sync(self) -> None:
         """Nothing to do: it samples from the trainer's weights."""
@@ -151,7 +180,7 @@ class HFSampler:
         rows: Sequence[int] | np.ndarray | None = None,
     ) -> Rollouts:
         """See `Sampler.sample`."""
-        with whole_weights(self._policy.scorer):
+        with whole_weights(self.policy.scorer):
             return self._sample(prompts, counts_P, decoding, seed, rows)
 
     def _sample(
@@ -162,7 +191,7 @@ class HFSampler:
         seed: int,
         rows: Sequence[int] | np.ndarray | None,
     ) -> Rollouts:
-        policy, device, steps = self._policy, self._policy.device, decoding.max_new_tokens
+        policy, device, steps = self.policy, self.policy.device, decoding.max_new_tokens
         numbers, owner = planned_rows(prompts, counts_P, rows, position_limit(policy), steps)
         tokens = torch.zeros(len(numbers), steps, dtype=torch.long, device=device)
         lengths = torch.zeros(len(numbers), dtype=torch.long, device=device)

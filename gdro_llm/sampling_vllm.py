@@ -38,7 +38,7 @@ class VLLMSampler:
             ("VLLM_CPU_OMP_THREADS_BIND", "nobind"),  # the trainer's threads are not ours to pin
         ):
             os.environ.setdefault(name, value)
-        self._policy = policy
+        self.policy = policy
         self._on_gpu = policy.device.type == "cuda"
         limit = position_limit(policy)
         length = config.max_prompt_tokens + config.max_new_tokens
@@ -73,7 +73,7 @@ class VLLMSampler:
         """Push the policy's weights; what was cached under the old ones is forgotten."""
         self._wake()
         # Tied ones under both names: vLLM on CPU keeps a packed copy of the output layer, which would stay as it was.
-        weights = self._policy.named_weights(tied=True)
+        weights = self.policy.named_weights(tied=True)
         self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if not self._engine.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache: it still holds requests")
@@ -109,7 +109,7 @@ class VLLMSampler:
             self.sync()
         self._wake()
         first_seed = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 2)
-        stop_ids = self._policy.stop_ids.tolist()
+        stop_ids = self.policy.stop_ids.tolist()
         requests = [
             SamplingParams(
                 temperature=decoding.temperature,
@@ -141,8 +141,8 @@ class VLLMSampler:
                 "learning_rate, or use --dtype float32"
             )
         truncated = [one.finish_reason == "length" for one in found]
-        texts = decode_texts(self._policy, tokens.tolist(), lengths, truncated)
-        device = self._policy.device
+        texts = decode_texts(self.policy, tokens.tolist(), lengths, truncated)
+        device = self.policy.device
         owner_R, tokens_R_T, mask_R_T, logprobs_R_T = (
             torch.from_numpy(array).to(device) for array in (owner, tokens, mask, logprobs)
         )

@@ -24,25 +24,34 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from gdro_core import GDROController
-from gdro_llm.checkpoint import append, find_checkpoint, load_checkpoint, open_run, other_settings, save_checkpoint
+from gdro_llm.checkpoint import (
+    append,
+    find_checkpoint,
+    load_checkpoint,
+    open_run,
+    other_settings,
+    save_best,
+    save_checkpoint,
+)
 from gdro_llm.config import Config, UsageError, printable
-from gdro_llm.data import Problem, batch_indices, load_problems
-from gdro_llm.evaluation import evaluate
+from gdro_llm.data import Problem, batch_indices, hold_out, load_problems
+from gdro_llm.evaluation import evaluate, has_exact_rates
 from gdro_llm.grading import Grader
 from gdro_llm.memory import check_fits
 from gdro_llm.objective import group_advantages, overlong_penalty, rollout_scale
 from gdro_llm.optimizer_state import load_optimizer_state, optimizer_state
-from gdro_llm.policy import device_type, load_policy
+from gdro_llm.planners import CANDIDATES, build_controller
+from gdro_llm.policy import Policy, device_type, load_policy
 from gdro_llm.prompting import drop_long_prompts, prompt_tokens, room_for
 from gdro_llm.report import write_report
-from gdro_llm.sampling import Decoding, Rollouts, Sampler, make_sampler
+from gdro_llm.sampling import Decoding, Rollouts, Sampler, joined, make_sampler
 from gdro_llm.shapes import Shape, UnknownShape, mfu, shape_of
 from gdro_llm.stopping import Stopped, stop_requests
 from gdro_llm.tracking import Tracker, import_trackers
 from gdro_llm.update import build_optimizer, out_of_memory_advice, sampler_gap, set_learning_rate, update
 from gdro_llm.workers import Workers, failures_noted, start_workers, stop_workers
 
+Batch = tuple[Rollouts, np.ndarray, np.ndarray, np.ndarray]  # and advantages, scales, whether included: (R,) each
 REPORT_EVERY = 60.0  # the report is written anew after an evaluation, but not more often [s]
 
 
@@ -55,14 +64,15 @@ def train(config: Config, out: Path, *, resume: bool = False, fresh: bool = Fals
         decoding = Decoding(config.max_new_tokens, config.temperature)
         if run.progress["step"] == 0:
             run.evaluate()
+            if run.validation_problems:
+                run.evaluate_test("start")
         stop = cleanup.enter_context(stop_requests())
         for step in run.steps():
             clock = Clock(policy.device)
-            problems = run.batch(step)
-            prompts = [prompt_tokens(policy.tokenizer, problem, config) for problem in problems]
-
             with clock("controller"):
-                plan = controller.plan([problem.id for problem in problems])
+                plan = controller.plan([problem.id for problem in run.batch(step)])
+            problems = [run.train_problems[str(name)] for name in plan.ids]
+            prompts = [prompt_tokens(policy.tokenizer, problem, config) for problem in problems]
             mine = workers.deal(plan.counts, config.minibatches)
             with clock("sync"):
                 run.sampler.sync()
@@ -74,26 +84,28 @@ def train(config: Config, out: Path, *, resume: bool = False, fresh: bool = Fals
                 run.check_sampler(step, sampler_gap(policy, rollouts, config, workers))
             with clock("grade"):
                 rewards = run.grader.grade([problems[p] for p in rollouts.owner_R.tolist()], rollouts.texts)
+                rewards = turned_round(rewards, mine, len(plan.owner), config, step)
                 rewards_R = np.array(workers.collect(mine, rewards.tolist(), len(plan.owner)))
             with clock("controller"):
                 observed = controller.observe(plan, rewards_R)
             with clock("update"):
                 advantages, included = advantages_of(rewards, rollouts, config)
                 scale = rollout_scale(plan.weights, plan.counts, rollouts.owner_R.cpu().numpy(), config.aggregation)
+                batch: Batch | None = (rollouts, advantages, scale, included)
+                if config.refill:
+                    batch = run.refill(rollouts, advantages, scale)  # None until mixed groups fill a batch
                 set_learning_rate(run.optimizer, config, step)
                 try:
-                    losses_P, updated = update(
-                        policy, run.optimizer, rollouts, advantages, scale, config, workers, included
-                    )
+                    losses_P, updated = update_on(batch, policy, run.optimizer, config, workers)
                 except FloatingPointError as error:
                     raise UsageError(f"step {step + 1}: {error}; {other_settings(out)}") from error
             if controller.needs_losses:  # the published payoff is a by-product of the update
                 controller.observe_losses(plan, losses_P)
 
-            run.check_sampler(step, updated["sampler_gap"])
+            run.check_sampler(step, updated.get("sampler_gap", 0.0))
             sampled = summarise(rewards_R, plan.owner, plan.weights, rollouts, workers)
-            run.log(step, {**sampled, **updated, **observed}, clock, problems, rewards, rollouts, advantages)
-            stopping = run.agree(stop.received)
+            run.log(step, {**sampled, **updated, **observed}, clock, problems, rewards, rollouts, batch)
+            stopping = 0 if run.waiting else run.agree(stop.received)  # what waits is not saved
             run.evaluate_and_save(step, stopping)
             if stopping and step + 1 < config.steps:
                 raise Stopped(f"stopped after step {step + 1}, which is saved: --resume goes on", stopping)
@@ -110,25 +122,32 @@ class Run:
             raise UsageError("optimizer 'adamw8bit' works in one process only; use adamw under torchrun")
         if device_type(config) == "cuda":
             say(self.workers, check_fits(config, torch.cuda.mem_get_info()[1], self.workers.size))
-        self.train_problems, self.test_problems = load_problems(config)
+        train, self.test_problems = load_problems(config)
+        train, self.validation_problems = hold_out(train, config)
+        self._check_exact()
         found = find_checkpoint(out, config, resume=resume, fresh=fresh) if self.workers.rank == 0 else None
         checkpoint: Path | None = self.workers.gather(found)[0]
         self.policy = load_policy(config, checkpoint, self.workers)
-        self.train_problems = drop_long_prompts(self.policy.tokenizer, self.train_problems, config)
+        train = drop_long_prompts(self.policy.tokenizer, train, config)
+        self.train_problems = {problem.id: problem for problem in train}
         self.grader = cleanup.enter_context(Grader(config))
-        self.grader.check_gold([*self.train_problems, *self.test_problems])
+        held_out = [*self.validation_problems, *self.test_problems]
+        self.grader.check_gold([*train, *held_out])
         self.optimizer = build_optimizer(self.policy, config)
-        self.sampler: Sampler = make_sampler(self.policy, room_for(self.policy.tokenizer, self.test_problems, config))
+        self.sampler: Sampler = make_sampler(self.policy, room_for(self.policy.tokenizer, held_out, config))
         cleanup.callback(self.sampler.close)
         import_trackers(config)
         if self.workers.rank == 0:  # after all that can be refused: a mistake leaves nothing behind
             cleanup.enter_context(open_run(out, config, checkpoint, fresh=fresh))
         self.progress = {"step": 0, "rollouts": 0, "tokens": 0}
+        self.best = {"step": 0, "rollouts": 0, "rate": -1.0}  # of the validation problems
+        self.waiting: list[tuple[Rollouts, np.ndarray, np.ndarray]] = []  # mixed groups that do not fill a batch yet
+        self._save_due = False
         if checkpoint is not None:
             moments, state = load_checkpoint(checkpoint)
             load_optimizer_state(self.optimizer, self._trained(), moments)
             self.controller.load_state_dict(state["controller"])
-            self.progress = state["progress"]
+            self.progress, self.best = state["progress"], state["best"]
         self.first_step = self.progress["step"]
         self.tracker: Tracker | None = None
         if self.workers.rank == 0:
@@ -153,9 +172,38 @@ class Run:
         return range(self.first_step, self.config.steps)
 
     def batch(self, step: int) -> list[Problem]:
-        """The problems of a step."""
-        size, config = len(self.train_problems), self.config
-        return [self.train_problems[i] for i in batch_indices(size, config.batch_size, step, config.seed)]
+        """The problems of a step; where the planner chooses, the candidates: these and others."""
+        problems, config = [*self.train_problems.values()], self.config
+        rows = batch_indices(len(problems), config.batch_size, step, config.seed)
+        if config.controller == "mopps":
+            others = np.setdiff1d(np.arange(len(problems)), rows)
+            order = np.random.default_rng([config.seed, step, 1]).permutation(others)
+            rows = np.concatenate([rows, order[: (CANDIDATES - 1) * len(rows)]])
+        return [problems[i] for i in rows]
+
+    def refill(self, rollouts: Rollouts, advantages_R: np.ndarray, scale_R: np.ndarray) -> Batch | None:
+        """Keep the mixed groups; a batch once there are as many as a batch has prompts (what is over goes), or None."""
+        owner_R = rollouts.owner_R.cpu().numpy()
+        rows = np.flatnonzero(np.isin(owner_R, owner_R[advantages_R != 0]))
+        self.waiting.append((rollouts.select(rows), advantages_R[rows], scale_R[rows]))
+        parts, advantages, scales = zip(*self.waiting, strict=True)
+        if sum(len(part.prompts) for part in parts) < self.config.batch_size:
+            return None
+        self.waiting = []
+        whole = joined(parts)
+        rows = np.flatnonzero(whole.owner_R.cpu().numpy() < self.config.batch_size)
+        included = np.ones(len(rows), bool)
+        return whole.select(rows), np.concatenate(advantages)[rows], np.concatenate(scales)[rows], included
+
+    def _check_exact(self) -> None:
+        """Refuse `eval_exact` before anything is loaded, where success probabilities cannot be computed."""
+        config = self.config
+        if config.eval_exact and not has_exact_rates([*self.validation_problems, *self.test_problems], config):
+            raise UsageError(
+                "eval_exact needs data 'cells' or 'cells-shared', grader 'exact', no stop, and plain samples"
+            )
+        if config.refill and self.workers.size > 1:
+            raise UsageError("refill works in one process only")
 
     def agree(self, received: int | None) -> int:
         """The signal to stop that any process got, or 0."""
@@ -180,11 +228,12 @@ class Run:
         problems: list[Problem],
         rewards: np.ndarray,
         rollouts: Rollouts,
-        advantages: np.ndarray,
+        batch: Batch | None,
     ) -> None:
         """A line to every log, the bar, the trackers."""
         sampled = int(self.workers.total(np.array([float(rollouts.mask_R_T.sum())]))[0])
-        work = self.workers.total(trained_tokens(rollouts, advantages, self.config))
+        trained = np.zeros(2) if batch is None else trained_tokens(batch[0], batch[1], self.config)
+        work = self.workers.total(trained)
         self.progress = {
             "step": step + 1,
             "rollouts": self.progress["rollouts"] + self.config.mean_rollouts * self.config.batch_size,
@@ -213,10 +262,18 @@ class Run:
         due = last or (step + 1) % config.eval_every == 0
         if due:
             self.evaluate()
-        if last or stopping or (step + 1) % config.save_every == 0:
+        if last and self.validation_problems:
+            self.evaluate_test("last")
+            self.optimizer.zero_grad()  # makes room for the best weights
+            self.sampler.policy = load_policy(config, self.out / "best", self.workers)
+            self.evaluate_test("best")
+            self.sampler.policy = self.policy
+        self._save_due |= (step + 1) % config.save_every == 0
+        if last or stopping or (self._save_due and not self.waiting):
+            self._save_due = False
             moments = optimizer_state(self.optimizer, self._trained(), main=self.workers.rank == 0)
             if self.workers.rank == 0:
-                state = {"progress": self.progress, "controller": self.controller.state_dict()}
+                state = {"progress": self.progress, "best": self.best, "controller": self.controller.state_dict()}
                 save_checkpoint(self.out, step + 1, self.policy.save, moments, state)
             else:
                 self.policy.save(self.out)  # takes part in gathering the weights, writes nothing
@@ -226,43 +283,59 @@ class Run:
             self._reported = time.monotonic()
 
     def evaluate(self) -> None:
-        """Evaluate on the test problems and log one line."""
-        config, step = self.config, self.progress["step"]
+        """Evaluate on the problems for that, and keep the weights that are best on validation problems."""
+        split, now = "validation" if self.validation_problems else "test", self.progress
+        rate = self._evaluate(split, {"step": now["step"], "rollouts": now["rollouts"]})
+        if split == "validation" and rate > self.best["rate"]:
+            self.best = {"step": now["step"], "rollouts": now["rollouts"], "rate": rate}
+            if self.workers.rank == 0:
+                save_best(self.out, self.policy.save)
+            else:
+                self.policy.save(self.out)  # takes part in gathering the weights, writes nothing
+            self.workers.barrier()
+
+    def evaluate_test(self, checkpoint: str) -> None:
+        """Evaluate the weights that the sampler has on the test problems."""
+        place = self.best if checkpoint == "best" else self.progress
+        self._evaluate("test", {"step": place["step"], "rollouts": place["rollouts"], "checkpoint": checkpoint})
+
+    def _evaluate(self, split: str, place: dict[str, Any]) -> float:
+        """Evaluate the sampler's policy on a split and log one line; its pass@k."""
+        config, step = self.config, place["step"]
+        problems = self.validation_problems if split == "validation" else self.test_problems
+        how = "exactly" if config.eval_exact else f"x {config.eval_samples} samples"
+        say(self.workers, f"evaluating on {len(problems)} {split} problems {how} ...")
         self.sampler.sync()
-        say(self.workers, f"evaluating on {len(self.test_problems)} problems x {config.eval_samples} samples ...")
-        found = evaluate(self.policy, self.test_problems, config, self.sampler, self.grader, self.workers)
+        found = evaluate(self.sampler.policy, problems, config, self.sampler, self.grader, self.workers)
         self.sampler.sleep()
         k = config.eval_samples
         say(self.workers, f"step {step}: mean@{k} {found[f'mean@{k}']:.3f}, pass@{k} {found[f'pass@{k}']:.3f}")
         if self.tracker is not None:
-            row = {"step": step, "rollouts": self.progress["rollouts"], "split": "test", **found}
-            append(self.out / "evaluations.jsonl", row)
+            append(self.out / "evaluations.jsonl", {**place, "split": split, **found})
             scalars = {key: value for key, value in found.items() if isinstance(value, float)}
-            self.tracker.log(step, {"test": scalars})
+            self.tracker.log(step, {f"{split}{place.get('checkpoint', '')}": scalars})
+        return float(found[f"pass@{k}"])
 
     def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
         return [(name, p) for name, p in self.policy.model.named_parameters() if p.requires_grad]
 
 
-def build_controller(config: Config) -> GDROController:
-    """The controller that `config.controller` names, by the presets of `gdro_core`."""
-    family, _, game = config.controller.partition("-")
-    if family == "grpo":
-        return GDROController.uniform(config.mean_rollouts, num_bins=config.num_bins, seed=config.seed)
-    options: dict[str, Any] = {"preserve_objective": True} if config.preserve_objective else {}
-    try:
-        return getattr(GDROController, family)(
-            config.mean_rollouts,
-            config.min_rollouts,
-            config.max_rollouts,
-            num_bins=config.num_bins,
-            prompt=game != "rollout",
-            rollout=game != "prompt",
-            seed=config.seed,
-            **options,
-        )
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+def turned_round(rewards: np.ndarray, rows: np.ndarray, total: int, config: Config, step: int) -> np.ndarray:
+    """Grades of some rows of the plan, a share `reward_noise` of them wrong: r becomes 1 - r."""
+    if not config.reward_noise:
+        return rewards
+    wrong = np.random.default_rng([config.seed, step, 2]).random(total)[rows] < config.reward_noise
+    return np.where(wrong, 1.0 - rewards, rewards)
+
+
+def update_on(
+    batch: Batch | None, policy: Policy, optimizer: torch.optim.Optimizer, config: Config, workers: Workers
+) -> tuple[np.ndarray, dict[str, float]]:
+    """`update`, or nothing where there is no batch yet."""
+    if batch is None:
+        return np.zeros(0), {}
+    rollouts, advantages, scale, included = batch
+    return update(policy, optimizer, rollouts, advantages, scale, config, workers, included)
 
 
 def advantages_of(rewards_R: np.ndarray, rollouts: Rollouts, config: Config) -> tuple[np.ndarray, np.ndarray]:

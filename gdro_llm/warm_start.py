@@ -1,5 +1,5 @@
-r"""The warm start of the testbed: a tiny Qwen3 that has the skills and rarely uses them. ``gdro warm-start quickstart``
-remakes the shipped weights.
+r"""The warm start of the testbeds: a tiny Qwen3 that has the skills and rarely uses them. ``gdro warm-start cells``
+remakes the shipped weights; other testbeds, sizes and seeds are those of `gdro compare`.
 
     min_theta  E [ -log pi_theta(completion | prompt) ]    over ``cells.warm_start_example``
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import random
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +23,12 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from gdro_llm.cells import (
-    CELLS,
     FORCE,
     LEVELS,
     MAX_COMPLETION_LENGTH,
     MAX_PROMPT_LENGTH,
+    TESTBEDS,
+    Cell,
     cell_problems,
     character_tokenizer,
     warm_start_example,
@@ -38,16 +40,28 @@ IGNORED = -100  # label of the positions that carry no loss
 CELL_WEIGHTS = {"easy": 1.0, "middle": 1.3, "hard": 1.6}  # how often the warm start visits a cell
 
 
-def tiny_qwen3(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
-    """Qwen3 with 4 layers of width 128 (857k parameters, tied embeddings, float32), initialised for Muon."""
+@dataclass(frozen=True)
+class Size:
+    """Shape of a tiny Qwen3; the feed-forward layer is three times as wide as the residual stream."""
+
+    width: int
+    layers: int
+    heads: int
+
+
+SIZES = {"0.9M": Size(128, 4, 4), "3M": Size(256, 4, 4), "12M": Size(384, 6, 6)}  # 857k, 3.42M, 11.5M parameters
+
+
+def tiny_qwen3(tokenizer: PreTrainedTokenizerFast, seed: int, size: Size = SIZES["0.9M"]) -> Qwen3ForCausalLM:
+    """Qwen3 of a size (tied embeddings, float32), initialised for Muon."""
     config = Qwen3Config(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=32,
-        intermediate_size=384,
+        hidden_size=size.width,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.heads,
+        head_dim=size.width // size.heads,
+        intermediate_size=3 * size.width,
         max_position_embeddings=MAX_PROMPT_LENGTH + MAX_COMPLETION_LENGTH,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         tie_word_embeddings=True,
@@ -120,6 +134,7 @@ def level_table(policy: Policy, problems: Sequence[Problem]) -> str:
 def _train(
     model: Qwen3ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
+    cells: tuple[Cell, ...],
     rng: random.Random,
     steps: int,
     batch: int,
@@ -138,10 +153,10 @@ def _train(
         torch.optim.lr_scheduler.LambdaLR(o, lambda t: min(1.0, (t + 1) / 60) * min(1.0, 2 * (1 - t / steps)))
         for o in optimisers
     ]
-    weights = [CELL_WEIGHTS[cell.level] for cell in CELLS]
+    weights = [CELL_WEIGHTS[cell.level] for cell in cells]
     progress = tqdm(range(steps), desc=description, unit="step")
     for _ in progress:
-        drawn = rng.choices(CELLS, weights, k=batch)
+        drawn = rng.choices(cells, weights, k=batch)
         ids, labels = pad_right(tokenizer, [warm_start_example(rng, cell) for cell in drawn])
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits
         loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
@@ -166,7 +181,16 @@ def _save_atomically(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast
         new.rename(out_dir)
 
 
-def warm_start(out_dir: Path, seed: int = 1, steps: int = 1300, fine_tune_steps: int = 300, batch: int = 128) -> None:
+def warm_start(
+    out_dir: Path,
+    seed: int = 1,
+    *,
+    testbed: str = "cells",
+    size: str = "0.9M",
+    steps: int = 1300,
+    fine_tune_steps: int = 300,
+    batch: int = 128,
+) -> None:
     """Train the tiny model, save it (weights, configuration, tokenizer) and print its exact profile on the test split.
 
     The defaults make the shipped weights, in six to nine minutes on one core. ``out_dir`` is replaced in one rename.
@@ -179,11 +203,11 @@ def warm_start(out_dir: Path, seed: int = 1, steps: int = 1300, fine_tune_steps:
             raise ValueError(f"{name} must be at least 1, got {value}")
     torch.set_num_threads(1)
     tokenizer = character_tokenizer()
-    model = tiny_qwen3(tokenizer, seed)
-    rng = random.Random(seed)
-    _train(model, tokenizer, rng, steps, batch, 1.0, "warm start")
-    _train(model, tokenizer, rng, fine_tune_steps, batch, 0.5, "fine-tune")
+    model = tiny_qwen3(tokenizer, seed, SIZES[size])
+    rng, cells = random.Random(seed), TESTBEDS[testbed]
+    _train(model, tokenizer, cells, rng, steps, batch, 1.0, "warm start")
+    _train(model, tokenizer, cells, rng, fine_tune_steps, batch, 0.5, "fine-tune")
     model.eval()
     _save_atomically(model, tokenizer, out_dir)
     policy = Policy(model, tokenizer, stop_ids=torch.tensor([tokenizer.eos_token_id]), temperature=1.0, source="")
-    print(level_table(policy, cell_problems("test", dict.fromkeys(LEVELS, 40), seed=8)))
+    print(level_table(policy, cell_problems("test", dict.fromkeys(LEVELS, 40), seed=8, cells=cells)))

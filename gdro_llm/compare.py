@@ -1,0 +1,464 @@
+"""`gdro compare`: methods x seeds, paired, at equal total rollouts, with intervals and a sign test.
+
+1. Runs of one seed share the warm start, the prompt order and the total number of rollouts, so that the difference of
+   two methods is free of what the seed does to both. Seed s starts from model s mod M of M warm starts.
+2. While a run trains, only validation problems are looked at. Results are of the test problems, for the last weights
+   and for those that were best in validation pass@k.
+3. An interval is a bootstrap over warm starts and over the seeds of each, of paired differences. Few seeds make it too
+   short: a difference counts as evidence only if the interval and an exact sign test agree.
+4. Everything is computed from the run directories; a run that is complete is never run again.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from scipy.stats import binomtest
+from tqdm import tqdm
+
+from gdro_llm.checkpoint import write_file
+from gdro_llm.config import CONTROLLERS, RESUMABLE, Config, UsageError
+from gdro_llm.data import EMBEDDED
+from gdro_llm.report import COLOURS, MARKERS, STYLE
+
+Floats = NDArray[np.float64]
+
+METHODS: dict[str, dict[str, Any]] = {
+    "joint": {"controller": "recommended"},
+    "prompt": {"controller": "recommended-prompt"},
+    "rollout": {"controller": "recommended-rollout"},
+    "dr-grpo": {"controller": "grpo", "loss": "dr_grpo", "scale_rewards": False},
+    "dapo": {"controller": "grpo", "refill": True},
+    **{name: {"controller": name} for name in CONTROLLERS},
+}
+TENTHS = 10  # groups of test problems, by success before training
+RESAMPLES = 10_000
+LEVEL = 0.05
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train: its label and what it changes in the preset."""
+
+    label: str
+    settings: dict[str, Any]
+
+    @classmethod
+    def parse(cls, text: str) -> Method:
+        """`NAME+key=value+...`: a name of `METHODS`, then settings of `Config`.
+
+        >>> Method.parse("grpo+learning_rate=1e-3").settings
+        {'controller': 'grpo', 'learning_rate': 0.001}
+        """
+        name, *changes = text.split("+")
+        if name not in METHODS:
+            raise UsageError(f"no method {name!r}: choose among {', '.join(METHODS)}")
+        settings, types = dict(METHODS[name]), get_type_hints(Config)
+        for change in changes:
+            key, equals, value = change.partition("=")
+            if key not in types or key == "preset" or not equals:
+                raise UsageError(f"method {text!r}: {change!r} must be SETTING=VALUE; `gdro train --help` lists them")
+            if key in ("seed", "model"):
+                raise UsageError(f"method {text!r}: {key} must be the same for all methods")
+            try:
+                settings[key] = {"true": True, "false": False}[value] if types[key] is bool else types[key](value)
+            except (KeyError, ValueError) as error:
+                raise UsageError(f"method {text!r}: {value!r} does not fit {key}") from error
+        return cls(text, settings)
+
+
+def compare(
+    config: Config, methods: Sequence[Method], seeds: int, models: Sequence[str], out: Path, jobs: int
+) -> dict[str, Any]:
+    """Train what is missing, `jobs` runs side by side, and write the comparison; returns what comparison.json holds.
+
+    Raises:
+        UsageError: fewer than two seeds or one method, methods that spend other totals, a run directory of another
+            configuration, or a run that failed.
+    """
+    if len({method.label for method in methods}) < len(methods) or len(methods) < 2:
+        raise UsageError("methods must name two different ones or more; the first is the baseline")
+    if seeds < 2:
+        raise UsageError(f"seeds must be at least 2 for an interval, got {seeds}")
+    runs = {
+        (method.label, seed): replace(config, seed=seed, model=models[seed % len(models)], **method.settings)
+        for seed in range(config.seed, config.seed + seeds)
+        for method in methods
+    }
+    if len({run.steps * run.batch_size * run.mean_rollouts for run in runs.values()}) > 1:
+        raise UsageError("methods must spend the same: steps x batch_size x mean_rollouts differs")
+    folders = {place: out / "runs" / place[0] / str(place[1]) for place in runs}
+    left = {place: run for place, run in runs.items() if not _is_complete(folders[place], run)}
+    bar = tqdm(total=len(runs), initial=len(runs) - len(left), desc="compare", unit="run")
+    with bar, _pool(config, jobs) as pool:
+        waiting: dict[Future[None], tuple[str, int]] = {
+            pool.submit(_train, run, folders[place]): place for place, run in left.items()
+        }
+        while waiting:
+            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                label, seed = waiting.pop(future)
+                if (error := future.exception()) is not None:
+                    pool.shutdown(wait=True, cancel_futures=True)
+                    log = folders[label, seed].with_suffix(".log")
+                    raise UsageError(f"{label}, seed {seed}: {error} (log: {log}); the same command goes on") from error
+                bar.set_postfix_str(f"{label}, seed {seed}")
+                bar.update()
+    found = {place: outcomes(folders[place]) for place in runs}
+    started = {seed: seed % len(models) for seed in range(config.seed, config.seed + seeds)}
+    result = analyse(found, [method.label for method in methods], started)
+    result = {"preset": config.preset, "config": asdict(config), "models": [Path(m).name for m in models], **result}
+    write(result, out)
+    return result
+
+
+def _pool(config: Config, jobs: int) -> ProcessPoolExecutor:
+    fresh = 1 if _has_gpu(config) else None  # a process that ends gives its GPU memory back
+    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=fresh)
+
+
+def _train(config: Config, out: Path) -> None:
+    """One run, in a process of the pool; what it prints goes to a log beside it, its weights are dropped at the end."""
+    from transformers.utils import logging
+
+    from gdro_llm.trainer import train
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.with_suffix(".log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
+        train(config, out, resume=True)
+    for weights in (*out.glob("checkpoint-*"), out / "best"):
+        shutil.rmtree(weights)
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def _is_complete(out: Path, config: Config) -> bool:
+    """Whether a run has its result; one of another configuration is an error."""
+    if not (out / "config.json").is_file():
+        return False
+    before, now = json.loads((out / "config.json").read_text(encoding="utf-8")), asdict(config)
+    changed = [key for key in now if before.get(key) != now[key] and key not in RESUMABLE]
+    if changed:
+        raise UsageError(f"{out} was run with another {', '.join(changed)}; choose another --out")
+    return any(row.get("checkpoint") == "best" for row in _rows(out / "evaluations.jsonl"))
+
+
+# -------------------------------------------------------------------------------------------------- what a run gave
+
+
+def outcomes(run: Path) -> dict[str, Any]:
+    """Numbers of a complete run.
+
+    Returns:
+        values: in percent of the test problems mean@k and pass@k of the last weights, `best ...` of the best, `start
+            ...` before training, `LEVEL ...` by level, `worst tenth mean@k` (the lowest of ten equal groups by success
+            before training); in percent of the validation problems `validation ...` (last weights) and `curve ...`
+            (average over the run); `mixed groups` [% of prompts], `WSE`, `Neyman` and `lead-lag` (`_proxies`), None
+            for a method without;
+        curve: rollouts, mean and pass of the validation problems, lists; k; rollouts; seconds.
+    """
+    evaluations, metrics = _rows(run / "evaluations.jsonl"), _rows(run / "metrics.jsonl")
+    test = {row["checkpoint"]: row for row in evaluations if row["split"] == "test"}
+    curve = [row for row in evaluations if row["split"] == "validation"]
+    spent = [row["rollouts"] for row in curve]
+    k = max(int(key.removeprefix("mean@")) for key in test["last"] if key.removeprefix("mean@").isdigit())
+    start, last = (_chances(test[when]) for when in ("start", "last"))
+    tenths = np.array_split(sorted(start, key=lambda name: (start[name], name)), min(TENTHS, len(start)))
+    worst = min((np.array([last[name] for name in part]) for part in tenths), key=lambda p: float(p.mean()))
+    values: dict[str, float | None] = {}
+    for rate in (f"mean@{k}", f"pass@{k}"):
+        values[rate] = 100 * test["last"][rate]
+        values |= {f"{when} {rate}": 100 * test[when][rate] for when in ("start", "best")}
+        values |= {f"{level} {rate}": 100 * part[rate] for level, part in test["last"]["by_level"].items()}
+        heights = np.array([row[rate] for row in curve])
+        values[f"validation {rate}"] = 100 * curve[-1][rate]
+        values[f"curve {rate}"] = 100 * float(np.trapezoid(heights, spent) / (spent[-1] - spent[0]))
+    values[f"worst tenth mean@{k}"] = 100 * float(worst.mean())
+    values["mixed groups"] = 100 * float(np.mean([row["mixed_share"] for row in metrics]))
+    timing = _rows(run / "timing.jsonl")
+    return {
+        "values": {**values, **_proxies(metrics)},
+        "curve": {
+            "rollouts": spent,
+            **{kind: [100 * row[f"{kind}@{k}"] for row in curve] for kind in ("mean", "pass")},
+        },
+        "k": k,
+        "rollouts": metrics[-1]["rollouts"],
+        "seconds": round(sum(value for row in timing for key, value in row.items() if key.endswith("_s")), 1),
+    }
+
+
+def _chances(row: dict[str, Any]) -> dict[str, float]:
+    """Success of each problem by id: probabilities, or where these are unknown the successes of as many samples."""
+    return row["success"] if "success" in row else row["correct"]
+
+
+def _proxies(metrics: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """Averages over steps of the variance proxies sum_b share_b sigma_b / sqrt(n_b) (WSE, Eq. 33, F8) and sum_b share_b
+    sigma_b^2 / n_b (Neyman), sigma_b^2 = error (1 - error) of a bin, and of the lead-lag (Eq. 32)."""
+    wse, neyman = [], []
+    for row in metrics:
+        bins = [(s, e, n) for s, e, n in zip(row["bin_share"], row["bin_error"], row["bin_rollouts"], strict=True) if s]
+        if bins:
+            share, error, n = np.array(bins, dtype=np.float64).T
+            variance = error * (1 - error) / n
+            wse.append(float(share @ np.sqrt(variance)))
+            neyman.append(float(share @ variance))
+    lead = [row["lead_lag"] for row in metrics if row.get("lead_lag") is not None]
+    return {
+        "WSE": float(np.mean(wse)) if wse else None,
+        "Neyman": float(np.mean(neyman)) if neyman else None,
+        "lead-lag": float(np.mean(lead)) if lead else None,
+    }
+
+
+def rollouts_to(curve: Mapping[str, list[float]], level: float) -> float:
+    """Rollouts until pass@k of the validation problems first is at `level`, between evaluations in a line; inf: never.
+
+    >>> rollouts_to({"rollouts": [0, 100, 200], "pass": [40.0, 50.0, 70.0]}, level=60.0)
+    150.0
+    """
+    x, y = curve["rollouts"], curve["pass"]
+    for i, height in enumerate(y):
+        if height >= level:
+            if i == 0:
+                return float(x[0])
+            return x[i - 1] + (x[i] - x[i - 1]) * (level - y[i - 1]) / (height - y[i - 1])
+    return float("inf")
+
+
+# --------------------------------------------------------------------------------------------- what the runs say of it
+
+
+def analyse(
+    found: Mapping[tuple[str, int], dict[str, Any]], labels: Sequence[str], starts: Mapping[int, int]
+) -> dict[str, Any]:
+    """Paired statistics of each method against the first.
+
+    Args:
+        found: `outcomes` by (label, seed).
+        labels: methods, the baseline first.
+        starts: the seeds, and which warm start each has.
+
+    Returns:
+        methods: by label, per value its mean over seeds and, but for the baseline, `difference`, `low`, `high` (95 %),
+            `relative` [% of the baseline's mean], `wins`, `losses`, `p` (sign test) and `evidence`; `rollouts to
+            baseline`, the median over seeds of rollouts until the baseline's last validation pass@k over the
+            baseline's total, its interval, and in how many seeds it got there;
+        runs: every run's values.
+    """
+    seeds, models = list(starts), list(starts.values())
+    k = next(iter(found.values()))["k"]
+    methods: dict[str, Any] = {}
+    for label in labels:
+        methods[label] = {}
+        for value in found[label, seeds[0]]["values"]:
+            here, there = ([found[name, seed]["values"].get(value) for seed in seeds] for name in (label, labels[0]))
+            if any(x is None for x in here):
+                continue
+            entry: dict[str, Any] = {"mean": float(np.mean(here))}
+            if label != labels[0] and not any(x is None for x in there):
+                entry |= paired(np.array(here) - np.array(there), models)
+                if base := float(np.mean(there)):
+                    entry["relative"] = 100 * entry["difference"] / base
+            methods[label][value] = entry
+        goals = [found[labels[0], seed]["curve"]["pass"][-1] for seed in seeds]
+        ratios = [
+            rollouts_to(found[label, seed]["curve"], goal) / found[labels[0], seed]["rollouts"]
+            for seed, goal in zip(seeds, goals, strict=True)
+        ]
+        methods[label]["rollouts to baseline"] = _median(ratios, models)
+        methods[label]["seconds"] = {"mean": float(np.mean([found[label, seed]["seconds"] for seed in seeds]))}
+    runs = [
+        {"method": label, "seed": seed, "model": starts[seed], **found[label, seed]}
+        for label in labels
+        for seed in seeds
+    ]
+    return {"k": k, "seeds": len(seeds), "baseline": labels[0], "methods": methods, "runs": runs}
+
+
+def paired(differences: Floats, models: Sequence[int]) -> dict[str, Any]:
+    """Mean of paired differences, its bootstrap interval and an exact sign test.
+
+    >>> paired(np.array([1.0, 2.0, 1.5, 1.2, 0.8, 2.2, 1.1, 1.4]), [0] * 8)["p"]
+    0.0078125
+    """
+    wins, losses = int((differences > 0).sum()), int((differences < 0).sum())
+    means = np.array([differences[rows].mean() for rows in _resamples(models)])
+    low, high = np.quantile(means, [LEVEL / 2, 1 - LEVEL / 2])
+    p = float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+    return {
+        "difference": float(differences.mean()),
+        "low": float(low),
+        "high": float(high),
+        "wins": wins,
+        "losses": losses,
+        "p": p,
+        "evidence": bool(p <= LEVEL and (low > 0 or high < 0)),
+    }
+
+
+def _median(ratios: Sequence[float], models: Sequence[int]) -> dict[str, Any]:
+    """Median of numbers that may be infinite, which JSON calls null, and its interval."""
+    x = np.array(ratios)
+    medians = np.sort([np.median(x[rows]) for rows in _resamples(models)])
+    low, high = (medians[round(q * (len(medians) - 1))] for q in (LEVEL / 2, 1 - LEVEL / 2))
+    found = {"median": float(np.median(x)), "low": float(low), "high": float(high)}
+    return {
+        **{key: value if np.isfinite(value) else None for key, value in found.items()},
+        "reached": int(np.isfinite(x).sum()),
+    }
+
+
+def _resamples(models: Sequence[int]) -> Iterable[NDArray[np.int64]]:
+    """Rows of bootstrap samples: warm starts with replacement, then of each as many seeds as it has."""
+    rng = np.random.default_rng(0)
+    groups = [np.flatnonzero(np.array(models) == model) for model in sorted(set(models))]
+    for _ in range(RESAMPLES):
+        drawn = [groups[i] for i in rng.integers(len(groups), size=len(groups))]
+        yield np.concatenate([group[rng.integers(len(group), size=len(group))] for group in drawn])
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def write(result: dict[str, Any], out: Path) -> None:
+    """comparison.json, .csv (a line a run), .md, .tex and .png."""
+    write_file(out / "comparison.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
+    names = list(dict.fromkeys(name for run in result["runs"] for name in run["values"]))
+    buffer = io.StringIO()
+    table = csv.writer(buffer, lineterminator="\n")
+    table.writerow(["method", "seed", "model", "rollouts", "seconds", *names])
+    for run in result["runs"]:
+        place = [run["method"], run["seed"], result["models"][run["model"]], run["rollouts"], run["seconds"]]
+        table.writerow([*place, *(run["values"].get(name) for name in names)])
+    write_file(out / "comparison.csv", buffer.getvalue())
+    header, rows = _table(result)
+    markdown = [f"| {' | '.join(row)} |" for row in (header, ["---", *["---:"] * (len(header) - 1)], *rows)]
+    write_file(out / "comparison.md", "\n".join([_caption(result), "", *markdown, ""]))
+    latex = [
+        " & ".join(row).replace("%", r"\%").replace("±", r"$\pm$").replace("×", r"$\times$") for row in (header, *rows)
+    ]
+    columns = "l" + "r" * (len(header) - 1)
+    body = [f"% {_caption(result)}", rf"\begin{{tabular}}{{{columns}}}", r"\hline", *(f"{row} \\\\" for row in latex)]
+    write_file(out / "comparison.tex", "\n".join([*body, r"\hline", r"\end{tabular}", ""]))
+    with matplotlib.rc_context(STYLE):
+        image = io.BytesIO()
+        _figure(result).savefig(image, format="png", dpi=160, metadata={"Software": None})
+    write_file(out / "comparison.png", image.getvalue())
+
+
+def _caption(result: dict[str, Any]) -> str:
+    starts, total = len(result["models"]), result["runs"][0]["rollouts"]
+    return (
+        f"{result['preset']}: {result['seeds']} seeds over {starts} warm start{'s' if starts > 1 else ''}, {total:,} "
+        f"rollouts a run. Percent of test problems; in brackets the paired difference from {result['baseline']} in "
+        "points with its 95 % bootstrap interval, and * where a sign test agrees (p <= .05): else no evidence of one."
+    )
+
+
+def _table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    k = result["k"]
+    columns = {f"pass@{k}": "1", f"mean@{k}": "1", f"worst tenth mean@{k}": "1", f"best pass@{k}": "1"}
+    columns |= {f"curve pass@{k}": "1", "mixed groups": "1"}
+    header = ["method", *columns, "rollouts to baseline's pass [× its total]"]
+    rows = []
+    for label, values in result["methods"].items():
+        cells = [_cell(values[name]) for name in columns]
+        ratio = values["rollouts to baseline"]
+        shown = [f"{ratio[key]:.2f}" if ratio[key] is not None else "never" for key in ("median", "low", "high")]
+        rows.append([label, *cells, f"{shown[0]} [{shown[1]}, {shown[2]}]"])
+    return header, rows
+
+
+def _cell(entry: dict[str, Any]) -> str:
+    if "difference" not in entry:
+        return f"{entry['mean']:.1f}"
+    mark = "*" if entry["evidence"] else ""
+    return f"{entry['mean']:.1f} ({entry['difference']:+.1f} [{entry['low']:+.1f}, {entry['high']:+.1f}]{mark})"
+
+
+def verdicts(result: dict[str, Any]) -> list[str]:
+    """A line a method: does it differ from the baseline in pass@k of the last weights?"""
+    name, lines = f"pass@{result['k']}", []
+    for label, values in result["methods"].items():
+        if label != result["baseline"]:
+            entry = values[name]
+            interval = f"{entry['difference']:+.1f} points [{entry['low']:+.1f}, {entry['high']:+.1f}]"
+            sign = f"{entry['wins']} of {result['seeds']} seeds above, p = {entry['p']:.3g}"
+            word = ("better" if entry["difference"] > 0 else "worse") if entry["evidence"] else "no evidence"
+            lines.append(f"{label:28} {word:12} {name} {interval}; {sign}")
+    return lines
+
+
+def _figure(result: dict[str, Any]) -> Figure:
+    """Learning curves, and paired differences with their intervals."""
+    k, labels = result["k"], list(result["methods"])
+    figure = Figure(figsize=(11, max(3.2, 0.32 * len(labels) + 1.2)), layout="constrained")
+    axes = figure.subplots(1, 4, width_ratios=[1.2, 1.2, 1, 1])
+    for axis, kind in zip(axes[:2], ("mean", "pass"), strict=True):
+        for i, label in enumerate(labels):
+            curves = [run["curve"] for run in result["runs"] if run["method"] == label]
+            height = np.mean([curve[kind] for curve in curves], axis=0)
+            look = {"color": COLOURS[i % 7], "marker": MARKERS[(i + i // 7) % 7], "markersize": 3.5, "linewidth": 1.2}
+            axis.plot(np.array(curves[0]["rollouts"]) / 1000, height, label=label, **look)
+        axis.set_title(f"validation {kind}@{k}, mean over seeds [%]")
+        axis.set_xlabel("rollouts [thousands]")
+    axes[0].legend(fontsize=7)
+    for axis, name in zip(axes[2:], (f"mean@{k}", f"pass@{k}"), strict=True):
+        for i, label in enumerate(labels[1:], start=1):
+            entry = result["methods"][label][name]
+            colour = COLOURS[i % 7] if entry["evidence"] else "#999999"
+            axis.plot([entry["low"], entry["high"]], [i, i], color=colour, linewidth=2)
+            axis.plot(entry["difference"], i, "o", color=colour, markersize=5)
+        axis.axvline(0, color="#444444", linewidth=0.8)
+        axis.set_yticks(range(1, len(labels)), labels[1:] if axis is axes[2] else [""] * (len(labels) - 1))
+        axis.set_ylim(len(labels) - 0.5, 0.5)
+        axis.set_title(f"test {name} against {result['baseline']} [points]")
+    return figure
+
+
+def compare_preset(
+    preset: str, methods: str, seeds: int, models: str, out: Path | None, jobs: int, overrides: Mapping[str, Any]
+) -> None:
+    """The command: fill in what a comparison needs, run it, print what it says."""
+    from gdro_llm.config import load_preset
+
+    settings = {**load_preset(preset), **overrides}
+    if settings.get("data", "cells") in EMBEDDED[:2]:
+        settings = {"validation_problems": 500, "eval_exact": True, "eval_every": 10, **settings}
+    config = Config(**{"validation_problems": 200, **settings, "save_every": settings.get("save_every", 40)})
+    if not config.validation_problems:
+        raise UsageError("validation_problems must be above 0: the test problems choose nothing here")
+    starts = [model for model in models.split(",") if model] or [config.model]
+    jobs = jobs or (1 if _has_gpu(config) else max(1, len(os.sched_getaffinity(0))))
+    config = replace(config, threads=config.threads or 1) if jobs > 1 else config
+    out = out or Path("runs") / f"compare-{config.preset}"
+    result = compare(config, [Method.parse(text) for text in methods.split(",")], seeds, starts, out, jobs)
+    print((out / "comparison.md").read_text(encoding="utf-8"))
+    print("\n".join(verdicts(result)))
+    print(f"\nfiles: {out}/comparison.json, .csv, .md, .tex, .png; runs in {out}/runs")
+
+
+def _has_gpu(config: Config) -> bool:
+    import torch
+
+    return config.device != "cpu" and torch.cuda.is_available()
