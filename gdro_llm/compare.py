@@ -20,8 +20,10 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import islice
 from pathlib import Path
+from threading import Thread
 from typing import Any, get_type_hints
 
 import matplotlib
@@ -35,6 +37,7 @@ from gdro_llm.checkpoint import write_file
 from gdro_llm.config import CONTROLLERS, RESUMABLE, Config, UsageError
 from gdro_llm.data import EMBEDDED
 from gdro_llm.report import COLOURS, MARKERS, STYLE
+from gdro_llm.stopping import Stopped
 
 Floats = NDArray[np.float64]
 
@@ -46,6 +49,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "dapo": {"controller": "grpo", "refill": True},
     **{name: {"controller": name} for name in CONTROLLERS},
 }
+_SHARED = [field for field in fields(Config) if field.name.startswith("eval_") or field.metadata.get("group") == "data"]
+SHARED = {"seed", "model", "max_new_tokens", "stop", *(field.name for field in _SHARED)} - {"reward_noise"}
 TENTHS = 10  # groups of test problems, by success before training
 RESAMPLES = 10_000
 LEVEL = 0.05
@@ -73,7 +78,7 @@ class Method:
             key, equals, value = change.partition("=")
             if key not in types or key == "preset" or not equals:
                 raise UsageError(f"method {text!r}: {change!r} must be SETTING=VALUE; `gdro train --help` lists them")
-            if key in ("seed", "model"):
+            if key in SHARED:
                 raise UsageError(f"method {text!r}: {key} must be the same for all methods")
             try:
                 settings[key] = {"true": True, "false": False}[value] if types[key] is bool else types[key](value)
@@ -104,17 +109,20 @@ def compare(
         raise UsageError("methods must spend the same: steps x batch_size x mean_rollouts differs")
     folders = {place: out / "runs" / place[0] / str(place[1]) for place in runs}
     left = {place: run for place, run in runs.items() if not _is_complete(folders[place], run)}
+    for place in runs.keys() - left.keys():
+        _drop_weights(folders[place])  # of a run that was killed after its result
     bar = tqdm(total=len(runs), initial=len(runs) - len(left), desc="compare", unit="run")
     with bar, _pool(config, jobs) as pool:
-        waiting: dict[Future[None], tuple[str, int]] = {
-            pool.submit(_train, run, folders[place]): place for place, run in left.items()
-        }
-        while waiting:
-            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                label, seed = waiting.pop(future)
+        queue, going = iter(left.items()), dict[Future[None], tuple[str, int]]()
+        while True:
+            for place, run in islice(queue, jobs - len(going)):  # no more: what is handed out cannot be taken back
+                going[pool.submit(_train, run, folders[place])] = place
+            if not going:
+                break
+            for future in wait(going, return_when=FIRST_COMPLETED).done:
+                label, seed = going.pop(future)
                 if (error := future.exception()) is not None:
-                    pool.shutdown(wait=True, cancel_futures=True)
-                    log = folders[label, seed].with_suffix(".log")
+                    log = _log(folders[label, seed])
                     raise UsageError(f"{label}, seed {seed}: {error} (log: {log}); the same command goes on") from error
                 bar.set_postfix_str(f"{label}, seed {seed}")
                 bar.update()
@@ -128,7 +136,15 @@ def compare(
 
 def _pool(config: Config, jobs: int) -> ProcessPoolExecutor:
     fresh = 1 if _has_gpu(config) else None  # a process that ends gives its GPU memory back
-    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=fresh)
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(jobs, spawn, initializer=_end_with_parent, max_tasks_per_child=fresh)
+
+
+def _end_with_parent() -> None:
+    """A killed `gdro compare` leaves no process behind that trains on; runs survive this."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _train(config: Config, out: Path) -> None:
@@ -140,14 +156,26 @@ def _train(config: Config, out: Path) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     out.parent.mkdir(parents=True, exist_ok=True)
-    with out.with_suffix(".log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
-        train(config, out, resume=True)
-    for weights in (*out.glob("checkpoint-*"), out / "best"):
+    with _log(out).open("a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+        try:
+            train(config, out, resume=True)
+        except Stopped as stopped:  # which no pool can hand over
+            raise UsageError(str(stopped)) from None
+    _drop_weights(out)
+
+
+def _log(out: Path) -> Path:
+    return out.with_name(f"{out.name}.log")
+
+
+def _drop_weights(out: Path) -> None:
+    for weights in (*out.glob("checkpoint-*"), *out.glob("best")):
         shutil.rmtree(weights)
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    """Lines of a log; a last one that a kill cut off is none."""
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.is_file() else []
 
 
 def _is_complete(out: Path, config: Config) -> bool:
@@ -180,7 +208,7 @@ def outcomes(run: Path) -> dict[str, Any]:
     curve = [row for row in evaluations if row["split"] == "validation"]
     spent = [row["rollouts"] for row in curve]
     k = max(int(key.removeprefix("mean@")) for key in test["last"] if key.removeprefix("mean@").isdigit())
-    start, last = (_chances(test[when]) for when in ("start", "last"))
+    start, last = (_chances(test[when], k) for when in ("start", "last"))
     tenths = np.array_split(sorted(start, key=lambda name: (start[name], name)), min(TENTHS, len(start)))
     worst = min((np.array([last[name] for name in part]) for part in tenths), key=lambda p: float(p.mean()))
     values: dict[str, float | None] = {}
@@ -206,9 +234,9 @@ def outcomes(run: Path) -> dict[str, Any]:
     }
 
 
-def _chances(row: dict[str, Any]) -> dict[str, float]:
-    """Success of each problem by id: probabilities, or where these are unknown the successes of as many samples."""
-    return row["success"] if "success" in row else row["correct"]
+def _chances(row: dict[str, Any], k: int) -> dict[str, float]:
+    """Success of each problem by id: probabilities, or where these are unknown the share of its k samples."""
+    return row["success"] if "success" in row else {name: count / k for name, count in row["correct"].items()}
 
 
 def _proxies(metrics: Sequence[dict[str, Any]]) -> dict[str, float | None]:
@@ -355,7 +383,7 @@ def write(result: dict[str, Any], out: Path) -> None:
     markdown = [f"| {' | '.join(row)} |" for row in (header, ["---", *["---:"] * (len(header) - 1)], *rows)]
     write_file(out / "comparison.md", "\n".join([_caption(result), "", *markdown, ""]))
     latex = [
-        " & ".join(row).replace("%", r"\%").replace("±", r"$\pm$").replace("×", r"$\times$") for row in (header, *rows)
+        " & ".join(row).replace("%", r"\%").replace("_", r"\_").replace("×", r"$\times$") for row in (header, *rows)
     ]
     columns = "l" + "r" * (len(header) - 1)
     body = [f"% {_caption(result)}", rf"\begin{{tabular}}{{{columns}}}", r"\hline", *(f"{row} \\\\" for row in latex)]
