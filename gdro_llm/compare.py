@@ -17,10 +17,11 @@ import json
 import multiprocessing
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from threading import Thread
@@ -330,7 +331,7 @@ def paired(differences: Floats, models: Sequence[int]) -> dict[str, Any]:
     0.0078125
     """
     wins, losses = int((differences > 0).sum()), int((differences < 0).sum())
-    means = np.array([differences[rows].mean() for rows in _resamples(models)])
+    means = np.array([differences[rows].mean() for rows in _resamples(tuple(models), RESAMPLES)])
     low, high = np.quantile(means, [LEVEL / 2, 1 - LEVEL / 2])
     p = float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
     return {
@@ -347,7 +348,7 @@ def paired(differences: Floats, models: Sequence[int]) -> dict[str, Any]:
 def _median(ratios: Sequence[float], models: Sequence[int]) -> dict[str, Any]:
     """Median of numbers that may be infinite, which JSON calls null, and its interval."""
     x = np.array(ratios)
-    medians = np.sort([np.median(x[rows]) for rows in _resamples(models)])
+    medians = np.sort([np.median(x[rows]) for rows in _resamples(tuple(models), RESAMPLES)])
     low, high = (medians[round(q * (len(medians) - 1))] for q in (LEVEL / 2, 1 - LEVEL / 2))
     found = {"median": float(np.median(x)), "low": float(low), "high": float(high)}
     return {
@@ -356,13 +357,15 @@ def _median(ratios: Sequence[float], models: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def _resamples(models: Sequence[int]) -> Iterable[NDArray[np.int64]]:
+@cache
+def _resamples(models: tuple[int, ...], number: int) -> list[NDArray[np.int64]]:
     """Rows of bootstrap samples: warm starts with replacement, then of each as many seeds as it has."""
-    rng = np.random.default_rng(0)
+    rng, found = np.random.default_rng(0), []
     groups = [np.flatnonzero(np.array(models) == model) for model in sorted(set(models))]
-    for _ in range(RESAMPLES):
+    for _ in range(number):
         drawn = [groups[i] for i in rng.integers(len(groups), size=len(groups))]
-        yield np.concatenate([group[rng.integers(len(group), size=len(group))] for group in drawn])
+        found.append(np.concatenate([group[rng.integers(len(group), size=len(group))] for group in drawn]))
+    return found
 
 
 # --------------------------------------------------------------------------------------------------------------- files
