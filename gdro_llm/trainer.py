@@ -70,7 +70,7 @@ def train(config: Config, out: Path, *, resume: bool = False, fresh: bool = Fals
         for step in run.steps():
             clock = Clock(policy.device)
             with clock("controller"):
-                plan = controller.plan([problem.id for problem in run.batch(step)])
+                plan = controller.plan([problem.id for problem in candidates(run.pool, config, step)])
             problems = [run.train_problems[str(name)] for name in plan.ids]
             prompts = [prompt_tokens(policy.tokenizer, problem, config) for problem in problems]
             mine = workers.deal(plan.counts, config.minibatches)
@@ -129,7 +129,7 @@ class Run:
         checkpoint: Path | None = self.workers.gather(found)[0]
         self.policy = load_policy(config, checkpoint, self.workers)
         train = drop_long_prompts(self.policy.tokenizer, train, config)
-        self.train_problems = {problem.id: problem for problem in train}
+        self.pool, self.train_problems = train, {problem.id: problem for problem in train}
         self.grader = cleanup.enter_context(Grader(config))
         held_out = [*self.validation_problems, *self.test_problems]
         self.grader.check_gold([*train, *held_out])
@@ -170,16 +170,6 @@ class Run:
     def steps(self) -> range:
         """The steps that are left."""
         return range(self.first_step, self.config.steps)
-
-    def batch(self, step: int) -> list[Problem]:
-        """The problems of a step; where the planner chooses, the candidates: these and others."""
-        problems, config = [*self.train_problems.values()], self.config
-        rows = batch_indices(len(problems), config.batch_size, step, config.seed)
-        if config.controller == "mopps":
-            others = np.setdiff1d(np.arange(len(problems)), rows)
-            order = np.random.default_rng([config.seed, step, 1]).permutation(others)
-            rows = np.concatenate([rows, order[: (CANDIDATES - 1) * len(rows)]])
-        return [problems[i] for i in rows]
 
     def refill(self, rollouts: Rollouts, advantages_R: np.ndarray, scale_R: np.ndarray) -> Batch | None:
         """Keep the mixed groups; a batch once there are as many as a batch has prompts (what is over goes), or None."""
@@ -318,6 +308,16 @@ class Run:
 
     def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
         return [(name, p) for name, p in self.policy.model.named_parameters() if p.requires_grad]
+
+
+def candidates(problems: list[Problem], config: Config, step: int) -> list[Problem]:
+    """The problems of a step; for a planner that chooses, these and others."""
+    rows = batch_indices(len(problems), config.batch_size, step, config.seed)
+    if config.controller == "mopps":
+        others = np.setdiff1d(np.arange(len(problems)), rows)
+        order = np.random.default_rng([config.seed, step, 1]).permutation(others)
+        rows = np.concatenate([rows, order[: (CANDIDATES - 1) * len(rows)]])
+    return [problems[i] for i in rows]
 
 
 def turned_round(rewards: np.ndarray, rows: np.ndarray, total: int, config: Config, step: int) -> np.ndarray:
