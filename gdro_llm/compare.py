@@ -17,7 +17,8 @@ import json
 import multiprocessing
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+import signal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, replace
@@ -35,8 +36,10 @@ from gdro_llm.checkpoint import write_file
 from gdro_llm.config import CONTROLLERS, RESUMABLE, Config, UsageError
 from gdro_llm.data import EMBEDDED
 from gdro_llm.report import COLOURS, MARKERS, STYLE
+from gdro_llm.stopping import Stopped, StopRequest, stop_requests
 
 Floats = NDArray[np.float64]
+Place = tuple[str, int]  # label of a method, seed
 
 METHODS: dict[str, dict[str, Any]] = {
     "joint": {"controller": "recommended"},
@@ -105,19 +108,15 @@ def compare(
     folders = {place: out / "runs" / place[0] / str(place[1]) for place in runs}
     left = {place: run for place, run in runs.items() if not _is_complete(folders[place], run)}
     bar = tqdm(total=len(runs), initial=len(runs) - len(left), desc="compare", unit="run")
-    with bar, _pool(config, jobs) as pool:
-        waiting: dict[Future[None], tuple[str, int]] = {
-            pool.submit(_train, run, folders[place]): place for place, run in left.items()
-        }
-        while waiting:
-            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                label, seed = waiting.pop(future)
-                if (error := future.exception()) is not None:
-                    pool.shutdown(wait=True, cancel_futures=True)
-                    log = folders[label, seed].with_suffix(".log")
-                    raise UsageError(f"{label}, seed {seed}: {error} (log: {log}); the same command goes on") from error
-                bar.set_postfix_str(f"{label}, seed {seed}")
-                bar.update()
+    with bar, stop_requests() as stop:
+        for (label, seed), error in _train_all(left, folders, jobs, stop, fresh=_has_gpu(config)):
+            if error is not None:
+                log = folders[label, seed].with_suffix(".log")
+                raise UsageError(f"{label}, seed {seed}: {error} (log: {log}); the same command goes on") from error
+            bar.set_postfix_str(f"{label}, seed {seed}")
+            bar.update()
+    if stop.received:
+        raise Stopped(f"stopped with {bar.n} of {len(runs)} runs complete; the same command goes on", stop.received)
     found = {place: outcomes(folders[place]) for place in runs}
     started = {seed: seed % len(models) for seed in range(config.seed, config.seed + seeds)}
     result = analyse(found, [method.label for method in methods], started)
@@ -126,13 +125,40 @@ def compare(
     return result
 
 
-def _pool(config: Config, jobs: int) -> ProcessPoolExecutor:
-    fresh = 1 if _has_gpu(config) else None  # a process that ends gives its GPU memory back
-    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=fresh)
+def _train_all(
+    left: Mapping[Place, Config], folders: Mapping[Place, Path], jobs: int, stop: StopRequest, *, fresh: bool
+) -> Iterator[tuple[Place, BaseException | None]]:
+    """Train, `jobs` side by side; each that is complete, or the error of the first that failed.
+
+    After a signal no further run starts, and those in progress save and leave: Ctrl-C reaches all processes of the
+    terminal, SIGTERM is handed on. `fresh` gives every run a process of its own, which gives its GPU memory back.
+    """
+    queue, waiting, told = iter(left.items()), dict[Future[bool], Place](), False
+    with ProcessPoolExecutor(
+        jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1 if fresh else None
+    ) as pool:
+        while True:
+            while len(waiting) < jobs and not stop.received and (following := next(queue, None)):
+                waiting[pool.submit(_train, following[1], folders[following[0]])] = following[0]
+            if not waiting:
+                return
+            if stop.received == signal.SIGTERM and not told:
+                told = True
+                for child in multiprocessing.active_children():
+                    child.terminate()
+            for future in wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED).done:
+                place, error = waiting.pop(future), future.exception()
+                if error is not None:
+                    yield place, error
+                elif future.result():
+                    yield place, None
 
 
-def _train(config: Config, out: Path) -> None:
-    """One run, in a process of the pool; what it prints goes to a log beside it, its weights are dropped at the end."""
+def _train(config: Config, out: Path) -> bool:
+    """One run, in a process of the pool: whether it is complete (it was not stopped).
+
+    What it prints goes to a log beside it; its weights are dropped at the end.
+    """
     from transformers.utils import logging
 
     from gdro_llm.trainer import train
@@ -141,9 +167,13 @@ def _train(config: Config, out: Path) -> None:
     logging.disable_progress_bar()
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.with_suffix(".log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
-        train(config, out, resume=True)
+        try:
+            train(config, out, resume=True)
+        except Stopped:
+            return False
     for weights in (*out.glob("checkpoint-*"), out / "best"):
         shutil.rmtree(weights)
+    return True
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
