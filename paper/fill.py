@@ -5,10 +5,11 @@ A number is followed by an invisible comment that says where it comes from:
     the gap falls with slope −0.522 [−0.531, −0.513]<!-- results/duality_gap.json verdict/full: slope -->
     gains +1.9<!-- results/controllers.json pass/mean as +.1f*100 --> points
 
-FILE is a JSON file, relative to the Markdown file. KEY is a path of keys (or positions in a list) joined by "/". Where
-it leads to a text, the rest is a phrase that stands in this text once, right before the number: its number is taken,
-with the interval that follows it, if any. `as FORMAT` is a Python format, with *FACTOR at the end if the unit changes;
-without it a number is written as in the file. True and false are written yes and no.
+FILE is a JSON file (or a Markdown file, which is one text), relative to the file that the number stands in. KEY is a
+path of keys (or positions in a list) joined by "/". Where it leads to a text, the rest is a phrase that stands in this
+text once, right before the number, which is taken with the interval that follows it, if any; "one … two" is the first
+"two" after the only "one". `as FORMAT` is a Python format, with *FACTOR at the end if the unit changes; without it a
+number is written as in the file. True and false are written yes and no.
 
     python paper/fill.py fill FILE.md ...    rewrite the numbers that differ
     python paper/fill.py collect FOLDER      copy what `python -m simulations` wrote there to results/ and figures/
@@ -29,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 DOCUMENTS = ("README.md", "proofs.md", "claims.md")
 NUMBER = r"[+\-−]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+\-−]?\d+)?%?"
 VALUE = rf"{NUMBER}(?: \[{NUMBER}, {NUMBER}\])?|yes|no"
-SOURCE = r"<!-- (?P<file>\S+\.json) (?P<key>.+?)(?: as (?P<format>\S+))? -->"
+SOURCE = r"<!-- (?P<file>\S+\.(?:json|md)) (?P<key>.+?)(?: as (?P<format>\S+))? -->"
 SLOT = re.compile(rf"(?P<value>{VALUE}){SOURCE}")
 
 
@@ -39,11 +40,10 @@ def filled(text: str, folder: Path) -> str:
     Raises:
         ValueError: a comment that names no file, key or phrase, or that follows no number.
     """
-    if len(SLOT.findall(text)) != len(re.findall(r"<!-- \S+\.json", text)):
-        slots = {found.end() for found in SLOT.finditer(text)}
-        for found in re.finditer(r"<!-- \S+\.json.*?-->", text):
-            if found.end() not in slots:
-                raise ValueError(f"no number stands before {found.group()}")
+    slots = {slot.end() for slot in SLOT.finditer(text)}
+    for comment in re.finditer(r"<!-- \S+\.(?:json|md)\b.*?-->", text):
+        if comment.end() not in slots:
+            raise ValueError(f"no number stands before {comment.group()}, or it is no FILE KEY as FORMAT")
     return SLOT.sub(lambda slot: written(slot, folder) + slot.group()[len(slot["value"]) :], text)
 
 
@@ -52,7 +52,8 @@ def written(slot: re.Match[str], folder: Path) -> str:
     path = folder / slot["file"]
     if not path.is_file():
         raise ValueError(f"{slot['file']} does not exist: {slot.group()}")
-    value = looked_up(json.loads(path.read_text(encoding="utf-8")), slot["key"], slot.group())
+    content = path.read_text(encoding="utf-8")
+    value = looked_up(json.loads(content) if path.suffix == ".json" else content, slot["key"], slot.group())
     if isinstance(value, bool):
         return "yes" if value else "no"
     spec, _, factor = (slot["format"] or "").partition("*")
@@ -81,11 +82,21 @@ def looked_up(found: Any, key: str, slot: str) -> Any:
 
 
 def after_phrase(text: str, phrase: str, slot: str) -> str:
-    """The number, with its interval, after a phrase that stands in the text once."""
-    matches = re.findall(rf"(?<!\w){re.escape(phrase)} ?({VALUE})", text)
-    if len(matches) != 1:
-        raise ValueError(f"{len(matches)} numbers follow the phrase of {slot} in {text!r}")
-    return str(matches[0])
+    """The number, with its interval, after a phrase; " … " in it skips to the next place where its next part stands."""
+    first, *others = phrase.split(" … ")
+    starts = [m.end() for m in re.finditer(re.escape(first) + ("" if others else f"(?= ?(?:{VALUE}))"), text)]
+    if len(starts) != 1:
+        raise ValueError(f"{first!r} stands {len(starts)} times, not once, in the text of {slot}")
+    place = starts[0]
+    for part in others:
+        start = text.find(part, place)
+        place = start + len(part)
+        if start < 0:
+            raise ValueError(f"{part!r} does not stand where {slot} looks for it")
+    number = re.compile(rf" ?({VALUE})").match(text, place)
+    if number is None:
+        raise ValueError(f"no number follows the phrase of {slot}")
+    return number[1]
 
 
 def parsed(number: str) -> float:
