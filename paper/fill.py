@@ -13,7 +13,7 @@ number is written as in the file. True and false are written yes and no.
 
     python paper/fill.py fill FILE.md ...    rewrite the numbers that differ
     python paper/fill.py collect FOLDER      copy what `python -m simulations` wrote there to results/ and figures/
-    python paper/fill.py pdf OUT.pdf         the report, the proofs and the table of claims (needs pypandoc and typst)
+    python paper/fill.py pdf OUT.pdf         the report and the proofs (needs pypandoc and typst)
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-DOCUMENTS = ("README.md", "proofs.md", "claims.md")
+PAGE = "---\npapersize: a4\nfontsize: 9.5pt\nmargin: {x: 2.2cm, y: 2cm}\n---"
 NUMBER = r"[+\-−]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+\-−]?\d+)?%?"
 VALUE = rf"{NUMBER}(?: \[{NUMBER}, {NUMBER}\])?|yes|no"
 SOURCE = r"<!-- (?P<file>\S+\.(?:json|md)) (?P<key>.+?)(?: as (?P<format>\S+))? -->"
@@ -117,10 +117,10 @@ def fill(files: list[Path]) -> None:
 
 
 def collect(folder: Path) -> None:
-    """Copy verdicts, tables and the figures that the documents show (with few colours: they are line art)."""
+    """Copy verdicts, tables and the figures that the report shows (with few colours: they are line art)."""
     from PIL import Image  # comes with matplotlib
 
-    shown = set(re.findall(r"\(figures/(\w+)\.png\)", "".join(map(read, DOCUMENTS))))
+    shown = set(re.findall(r"\(figures/(\w+)\.png\)", read("README.md")))
     for path in sorted(folder.glob("*.json")):
         if json.loads(path.read_text(encoding="utf-8"))["quick"]:
             raise ValueError(f"{path} is of a quick run, which is no evidence")
@@ -135,15 +135,16 @@ def collect(folder: Path) -> None:
 
 
 def pdf(out: Path) -> None:
-    """One PDF of all documents, by pandoc and typst; links between them become plain text."""
+    """The report and the proofs in one PDF, by pandoc and typst; links between documents become plain text."""
     import pypandoc
     import typst
 
-    text = "\n\n".join(map(read, DOCUMENTS))
+    text = "\n\n".join([PAGE, *map(read, ("README.md", "proofs.md"))])
     text = re.sub(r"(?<!!)\[([^\]]+)\]\((?!https?:)[^)]*\)", r"\1", text)
-    page = ["-V", "margin={x: 2.2cm, y: 2.2cm}", "-V", "fontsize=9.5pt", "--resource-path", str(HERE)]
     source = HERE / ".report.typ"  # beside figures/, which it includes
-    source.write_text(pypandoc.convert_text(text, "typst", "gfm", extra_args=["--standalone", *page]), encoding="utf-8")
+    source.write_text(
+        pypandoc.convert_text(text, "typst", "gfm+yaml_metadata_block", extra_args=["--standalone"]), encoding="utf-8"
+    )
     try:
         typst.compile(str(source), output=str(out.resolve()))
     finally:
