@@ -10,9 +10,11 @@ import runpy
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
+from gdro_core import allocation_marginals
 from simulations import harness
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -195,6 +197,18 @@ def test_mathematics_renders_on_github(name):
         assert not (line.startswith("#") and "$" in line), line
         for formula in line.split("$")[1::2]:
             assert not re.search(r"\\[^A-Za-z]|[*<|]|\]\(|^\s|\s$|operatorname", formula), line
+
+
+def test_the_examples_of_f5():
+    """Mean counts under the uniform law over feasible allocations, as the text quotes them."""
+    text = (PAPER / "proofs.md").read_text(encoding="utf-8")
+    for sizes in ([5, 5, 5, 5, 80], [1, 20, 20, 20, 39]):
+        law = allocation_marginals(np.zeros((5, 11)), sizes, 4 * sum(sizes), min_rollouts=2)
+        small, *_, large = law @ np.arange(2, 13)
+        if sizes[0] == 5:
+            assert f"{small:.2f} for the small ones and {large:.2f} for the large one" in " ".join(text.split())
+        else:
+            assert small == pytest.approx(large)
 
 
 def test_figures_are_shown_and_small():
