@@ -104,9 +104,12 @@ class Observation:
 class GDROController:
     r"""Two games over one difficulty classifier; either may be absent, and without both it is plain GRPO.
 
-    Weights have mean 1 over the batch's rollouts (sum_i n_i w_i = sum_i n_i), so that the games steer directions, not
-    the learning rate; ratios of weights never depend on the batch, but for `preserve_objective`. Departs:
-    `weighting="published"` leaves Eq. 16's weights unnormalised. Counts always sum to n_bar N.
+    Weights have mean 1 over the batch's rollouts (sum_i n_i w_i = sum_i n_i), so that in a loss averaged over rollouts
+    the games steer directions, not the learning rate. In one averaged over prompts (n_bar / n_i on each rollout) the
+    mean that counts is 1 - Cov(n, w) / n_bar, below 1 where heavy prompts get more rollouts: a shorter step, unless the
+    optimizer normalises its steps, as Adam does. Ratios of weights never depend on the batch, but for
+    `preserve_objective`. Departs: `weighting="published"` leaves Eq. 16's weights unnormalised. Counts always sum to
+    n_bar N.
 
     Several workers with the same state make the same plan: ties are broken by a generator seeded with (seed, step).
 
