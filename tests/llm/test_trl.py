@@ -2,7 +2,10 @@
 
 import json
 import os
+import re
 import socket
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -24,6 +27,7 @@ from gdro_llm.config import UsageError
 from gdro_llm.data import _content_hash
 from gdro_llm.integrations.trl import STATE, GDROTrainer, add_prompt_ids, ragged_advantages
 
+ROOT = Path(__file__).parents[2]
 PROMPTS = [f"{a}{op}{b}=" for a, op, b in zip("12345678", "+*-%+*-%", "98765432", strict=True)]
 os.environ["CI"] = "true"  # TRL sends no telemetry then
 
@@ -532,3 +536,39 @@ def test_only_the_rollout_game_moves_counts():
     """What the refusals rely on: n_bar is the rollout game's where there is one."""
     assert RolloutGDRO(2, 4, 2, 8).mean_rollouts == controller().rollout.mean_rollouts == 4
     assert GDROController.uniform(4).state_dict()["mean_rollouts"] == 4
+
+
+def test_example_runs_as_it_stands(tmp_path):
+    """Its log: prompts move to other numbers of rollouts, and the tiny Qwen3 learns."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    script = [sys.executable, "-W", "default", str(ROOT / "examples" / "trl_gdro.py")]
+    done = subprocess.run(script, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    saved = tmp_path / "runs" / "trl" / "checkpoint-30"
+    log = [row for row in json.loads((saved / "trainer_state.json").read_text())["log_history"] if "reward" in row]
+    assert len(log) == 6
+    assert log[-1]["gdro/reward"] > log[0]["gdro/reward"]
+    assert len({value for key, value in log[-1].items() if key.startswith("gdro/bin_rollouts/")}) > 1
+    assert json.loads((saved / STATE).read_text())["controller"]["step"] == 30
+
+
+def test_readme_snippet_runs(tiny_model, tmp_path):
+    (snippet,) = re.findall(r"```python\n([^`]*integrations\.trl[^`]*)```", (ROOT / "README.md").read_text())
+    args = GRPOConfig(
+        output_dir=str(tmp_path),
+        num_generations=4,
+        per_device_train_batch_size=16,
+        max_completion_length=3,
+        max_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+    )
+    names = {"model": str(tiny_model), "reward": values(0.0, 1.0), "args": args}
+    exec(snippet, names | {"dataset": Dataset.from_dict({"prompt": PROMPTS})}, made := {})
+    made["trainer"].train()
+    assert made["trainer"].controller.state_dict()["step"] == 1
