@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import verl
 from on_cpu import OnCPU, configuration
 from verl.trainer.ppo import core_algos
 from verl.trainer.ppo.v1.replay_buffer import ReplayBufferAsync
@@ -204,6 +205,8 @@ def test_reward_of_a_rollout_with_several_outputs_is_its_last():
         ("algorithm.filter_groups.enable=True", "filter_groups.enable must be False"),
         ("trainer.v1.sampler.sync_refill_failed_groups=True", "sync_refill_failed_groups must be False"),
         ("+trainer.v1.sync.parameter_sync_step=2", "parameter_sync_step must be 1"),
+        ("trainer.v1.sampler.custom_sampler.path=my.py", "custom_sampler must be left out"),
+        ("distillation.enabled=True", "distillation.enabled must be False"),
         ("skip.rollout_tq.enable=True", "skip.rollout_tq.enable must be False"),
         ("+gdro.min_rollouts=1", "2 <= gdro.min_rollouts .* got 2 <= 1 <= 4 <= 12"),
         ("+gdro.max_rollouts=3", "got 2 <= 2 <= 4 <= 3"),
@@ -218,6 +221,12 @@ def test_reward_of_a_rollout_with_several_outputs_is_its_last():
 def test_refuses(configure, override, message):
     with pytest.raises(UsageError, match=message):
         OnCPU(configure(override))
+
+
+def test_an_untested_version_is_named(configure, monkeypatch):
+    monkeypatch.setattr(verl, "__version__", "0.10.0")
+    with pytest.warns(UserWarning, match=r"tested with 0\.9\.1, this is 0\.10\.0"):
+        OnCPU(configure())
 
 
 def test_other_processes_see_verls_own_mode(configure):
