@@ -380,6 +380,46 @@ def test_what_cannot_work_is_refused_before_anything_is_loaded(message, tmp_path
         changes.pop("kind")("no/model", None, GRPOConfig(**config), changes.pop("dataset", data()), **changes)
 
 
+LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_weighting_an_advantage_is_weighting_the_rows_loss(tiny_model, tmp_path, loss):
+    """In TRL's own code, away from the old policy, where clips and masks act: loss(w A) = sum_r w_r loss_r(A_r)."""
+    kept = []
+
+    class Keep(Plain):
+        def _compute_loss(self, model, inputs):
+            kept.append(inputs)
+            return super()._compute_loss(model, inputs)
+
+    level = "sequence" if loss == "luspo" else "token"
+    settings = {"max_steps": 1, "loss_type": loss, "importance_sampling_level": level}
+    settings |= {"off_policy_mask_threshold": 0.1, "per_device_train_batch_size": 8}
+    trainer = build(Keep, tiny_model, tmp_path, settings=settings)
+    trainer.train()
+    inputs = kept[0]
+    generator = torch.Generator().manual_seed(0)
+    shape = inputs["completion_mask"].shape
+    with torch.no_grad():
+        now, *_ = trainer._get_per_token_logps_and_entropies(
+            trainer.model,
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
+            shape[1],
+        )
+        old = now - 0.4 * torch.randn(shape, generator=generator)
+        advantages, weights = torch.randn(8, generator=generator), 0.1 + 3 * torch.rand(8, generator=generator)
+
+        def value(advantages_R):
+            changed = {"advantages": advantages_R, "old_per_token_logps": old}
+            return GRPOTrainer._compute_loss(trainer, trainer.model, inputs | changed)
+
+        rows = torch.stack([value(row) for row in torch.diag(advantages)])
+        assert (rows != 0).sum() > 4
+        torch.testing.assert_close(value(weights * advantages), (weights * rows).sum(), rtol=1e-5, atol=1e-6)
+
+
 def test_args_are_required():
     with pytest.raises(UsageError, match="num_generations=4, got None"):
         GDROTrainer("no/model", None, train_dataset=data(), controller=controller())
