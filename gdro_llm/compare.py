@@ -168,7 +168,7 @@ def _train(config: Config, out: Path) -> bool:
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.with_suffix(".log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
         try:
-            train(config, out, resume=True)
+            train(config, out, resume=True, report=False)
         except Stopped:
             return False
     for weights in (*out.glob("checkpoint-*"), out / "best"):

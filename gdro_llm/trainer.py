@@ -55,11 +55,11 @@ Batch = tuple[Rollouts, np.ndarray, np.ndarray, np.ndarray]  # and advantages, s
 REPORT_EVERY = 60.0  # the report is written anew after an evaluation, but not more often [s]
 
 
-def train(config: Config, out: Path, *, resume: bool = False, fresh: bool = False) -> None:
-    """Train one policy and leave a run directory in `out`; see `gdro train --help`."""
+def train(config: Config, out: Path, *, resume: bool = False, fresh: bool = False, report: bool = True) -> None:
+    """Train one policy into the run directory `out`, with a report if wanted; see `gdro train --help`."""
     with ExitStack() as cleanup, failures_noted(), out_of_memory_advice(config, training=True):
         cleanup.callback(stop_workers)
-        run = Run(config, out, cleanup, resume=resume, fresh=fresh)
+        run = Run(config, out, cleanup, resume=resume, fresh=fresh, report=report)
         controller, policy, workers = run.controller, run.policy, run.workers
         decoding = Decoding(config.max_new_tokens, config.temperature)
         if run.progress["step"] == 0:
@@ -114,8 +114,10 @@ def train(config: Config, out: Path, *, resume: bool = False, fresh: bool = Fals
 class Run:
     """All that a run holds besides the step in progress: policy, engines, controller, data, logs."""
 
-    def __init__(self, config: Config, out: Path, cleanup: ExitStack, *, resume: bool, fresh: bool) -> None:
-        self.config, self.out = config, out
+    def __init__(
+        self, config: Config, out: Path, cleanup: ExitStack, *, resume: bool, fresh: bool, report: bool
+    ) -> None:
+        self.config, self.out, self.report = config, out, report
         self.controller = build_controller(config)
         self.workers = start_workers(device_type(config))
         if config.optimizer == "adamw8bit" and self.workers.size > 1:
@@ -268,7 +270,7 @@ class Run:
             else:
                 self.policy.save(self.out)  # takes part in gathering the weights, writes nothing
             self.workers.barrier()
-        if due and self.tracker is not None and time.monotonic() - self._reported > REPORT_EVERY:
+        if due and self.report and self.tracker is not None and time.monotonic() - self._reported > REPORT_EVERY:
             write_report([self.out], self.out)
             self._reported = time.monotonic()
 

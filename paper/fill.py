@@ -12,7 +12,8 @@ text once, right before the number, which is taken with the interval that follow
 number is written as in the file. True and false are written yes and no.
 
     python paper/fill.py fill FILE.md ...    rewrite the numbers that differ
-    python paper/fill.py collect FOLDER      copy what `python -m simulations` wrote there to results/ and figures/
+    python paper/fill.py collect FOLDER      copy what `python -m simulations` or `gdro compare` (in folders below) and
+                                             `gdro signal` wrote there to results/ and figures/
     python paper/fill.py pdf OUT.pdf         the report and the proofs (needs pypandoc and typst)
 """
 
@@ -117,9 +118,7 @@ def fill(files: list[Path]) -> None:
 
 
 def collect(folder: Path) -> None:
-    """Copy verdicts, tables and the figures that the report shows (with few colours: they are line art)."""
-    from PIL import Image  # comes with matplotlib
-
+    """Copy verdicts, tables and the figures that the report shows."""
     shown = set(re.findall(r"\(figures/(\w+)\.png\)", read("README.md")))
     for path in sorted(folder.glob("*.json")):
         if json.loads(path.read_text(encoding="utf-8"))["quick"]:
@@ -128,10 +127,33 @@ def collect(folder: Path) -> None:
             if path.with_suffix(suffix).is_file():
                 shutil.copyfile(path.with_suffix(suffix), HERE / "results" / f"{path.stem}{suffix}")
         if path.stem in shown:
-            with Image.open(path.with_suffix(".png")) as figure:
-                few = figure.convert("RGB").quantize(64, dither=Image.Dither.NONE)
-            few.save(HERE / "figures" / f"{path.stem}.png", optimize=True)
+            _shrink(path.with_suffix(".png"), path.stem)
         print(f"collected {path.stem}")
+    for path in sorted(folder.glob("*/comparison.json")):
+        name, kept = f"compare-{path.parent.name}", HERE / "results" / "training"
+        whole = json.loads(path.read_text(encoding="utf-8"))
+        short = {key: value for key, value in whole.items() if key != "runs"}  # comparison.csv has them
+        (kept / f"{name}.json").write_text(json.dumps(short, indent=1) + "\n", encoding="utf-8")
+        for suffix in (".md", ".csv"):
+            shutil.copyfile(path.with_suffix(suffix), kept / f"{name}{suffix}")
+        if name in shown:
+            _shrink(path.with_suffix(".png"), name)
+        print(f"collected {name}")
+    for path in sorted(folder.glob("*/signal.json")):
+        for suffix in (".json", ".md"):
+            shutil.copyfile(
+                path.with_suffix(suffix), HERE / "results" / "training" / f"signal-{path.parent.name}{suffix}"
+            )
+        print(f"collected signal-{path.parent.name}")
+
+
+def _shrink(figure: Path, name: str) -> None:
+    """Copy a figure with few colours: they are line art."""
+    from PIL import Image  # comes with matplotlib
+
+    with Image.open(figure) as image:
+        few = image.convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    few.save(HERE / "figures" / f"{name}.png", optimize=True)
 
 
 def pdf(out: Path) -> None:
