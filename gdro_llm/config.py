@@ -205,9 +205,12 @@ class Config:
             raise UsageError(f"reward_noise must lie in [0, 0.5], got {self.reward_noise!r}")
         if self.refill and (self.controller.startswith("published") or self.kl_coef or self.overlong == "mask"):
             raise UsageError("refill needs kl_coef 0, overlong 'keep' or 'punish' and no published controller")
-        steered = self.controller.partition("-")[0] in ("recommended", "null", "implicit")
-        for name in ("adversary", "adversary_step", "utility"):
-            if not steered and getattr(self, name) != getattr(Config, name):
+        family, _, game = self.controller.partition("-")
+        steered = family in ("recommended", "null", "implicit")
+        if self.adversary_step != Config.adversary_step and self.adversary != "entropic":
+            raise UsageError(f"adversary_step changes nothing with adversary {self.adversary!r}")
+        for name, other in (("adversary", "rollout"), ("adversary_step", "rollout"), ("utility", "prompt")):
+            if (not steered or game == other) and getattr(self, name) != getattr(Config, name):
                 raise UsageError(f"{name} changes nothing with controller {self.controller!r}")
         for name in ("eval_top_p", "vllm_memory"):
             if not 0 < getattr(self, name) <= 1:

@@ -132,6 +132,11 @@ class Run:
         self.policy = load_policy(config, checkpoint, self.workers)
         train = drop_long_prompts(self.policy.tokenizer, train, config)
         self.pool, self.train_problems = train, {problem.id: problem for problem in train}
+        if config.controller == "mopps" and len(train) < CANDIDATES * config.batch_size:
+            raise UsageError(
+                f"batch_size must be at most a {CANDIDATES}th of the {len(train)} problems with controller 'mopps', "
+                f"got {config.batch_size}"
+            )
         self.grader = cleanup.enter_context(Grader(config))
         held_out = [*self.validation_problems, *self.test_problems]
         self.grader.check_gold([*train, *held_out])

@@ -175,6 +175,40 @@ def test_everything_fits_the_vocabulary_and_the_stated_lengths(problems):
             assert len(TOKENIZER(completion).input_ids) + 1 <= cells.MAX_COMPLETION_LENGTH
 
 
+def test_shared_cells_are_the_same_problems_with_one_strategy():
+    """What is learnt on one cell helps on every other; only the traps (cells without a strategy) have none."""
+    own, shared = cells.TESTBEDS["cells"], cells.TESTBEDS["cells-shared"]
+    assert {cell.strategy for cell in shared} - {None} == {cells.STRATEGIES[0]}
+    assert len({cell.strategy for cell in own} - {None}) > 1
+    for one, other in zip(own, shared, strict=True):
+        assert replace(other, strategy=one.strategy) == one
+        assert (other.strategy is None) == (one.strategy is None)
+    for split in SPLITS:
+        found = [cells.cell_problems(split, dict.fromkeys(cells.LEVELS, 3), 8, testbed) for testbed in (own, shared)]
+        assert [(p.id, p.prompt, p.answer) for p in found[1]] == [(p.id, p.prompt, p.answer) for p in found[0]]
+    hard = [p for p in found[1] if p.level == "hard"]
+    assert all(cells.STRATEGIES[0] in text for p in hard for text in p.accepted if text != p.answer)
+
+
+@pytest.mark.parametrize(("size", "millions"), [("0.9M", 0.857), ("3M", 3.42), ("12M", 11.5)])
+def test_sizes_have_the_stated_number_of_parameters(size, millions):
+    """And learn: a forward pass gives finite logits of the whole vocabulary."""
+    model = warm_start.tiny_qwen3(TOKENIZER, 0, warm_start.SIZES[size])
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.005)
+    with torch.no_grad():
+        logits = model(torch.tensor([[1, 2, 3]])).logits
+    assert logits.shape == (1, 3, len(TOKENIZER))
+    assert logits.isfinite().all()
+
+
+def test_a_warm_start_of_another_testbed_differs(tmp_path, capsys):
+    """The same seed, other examples."""
+    for testbed in cells.TESTBEDS:
+        warm_start.warm_start(tmp_path / testbed, 1, testbed=testbed, steps=2, fine_tune_steps=1, batch=16)
+    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in cells.TESTBEDS)
+    assert one != other
+
+
 @pytest.mark.slow
 def test_warm_start_depends_on_the_seed_alone_and_replaces_its_folder(tmp_path, capsys):
     weights = []

@@ -1,6 +1,7 @@
 """mean@n, pass@k and their intervals: by hand from the same samples, from exact probabilities, and as statistics."""
 
 import json
+from dataclasses import replace
 from math import comb
 
 import literal
@@ -297,3 +298,27 @@ def test_levels_stand_in_the_order_of_their_numbers_or_of_the_problems():
         "easy",
         "hard 1",
     ]
+
+
+def test_exact_evaluation_equals_the_exact_rates_of_a_sampled_one(embedded):
+    """All, by level and by task; the other pass@k and the standard errors by hand; nothing is sampled or graded."""
+    problems = cell_problems("test", {"easy": 1, "middle": 1, "hard": 2}, seed=8)
+    config = Config(threads=1, device="cpu", eval_samples=4)
+    sampled = literal.evaluate(embedded, problems, config)
+    found = evaluation.evaluate(embedded, problems, replace(config, eval_exact=True), None, None)
+    assert list(found["success"]) == [problem.id for problem in problems]
+    p = np.array([*found["success"].values()])
+    for kind, level in [("", ""), *(("by_level", x) for x in sampled["by_level"]), ("by_task", problems[0].task)]:
+        one, other = ((x[kind][level] if kind else x) for x in (found, sampled))
+        assert one["problems"] == other["problems"]
+        for rate in ("mean@4", "pass@4"):
+            assert one[rate] == pytest.approx(other[f"exact_{rate}"], rel=1e-12)
+        rows = [i for i, x in enumerate(problems) if not kind or level in (x.level, x.task)]
+        for k in (1, 2, 4):
+            passed = [1 - (1 - p[i]) ** k for i in rows]
+            assert one[f"pass@{k}"] == pytest.approx(np.mean(passed))
+            if len(rows) > 1:
+                assert one[f"pass@{k}_se"] == pytest.approx(np.std(passed, ddof=1) / np.sqrt(len(rows)))
+    assert found["by_level"].keys() == sampled["by_level"].keys()
+    assert found["by_task"].keys() == sampled["by_task"].keys()
+    assert found["by_task"][problems[0].task]["mean@4_se"] is None, "one problem has no standard error"
