@@ -315,9 +315,9 @@ def analyse(
 
     Returns:
         methods: by label, per value its mean over seeds and, but for the baseline, `difference`, `low`, `high` (95 %),
-            `relative` [% of the baseline's mean], `wins`, `losses`, `p` (sign test) and `evidence`; `rollouts to
-            baseline`, the median over seeds of rollouts until the baseline's last validation pass@k over the
-            baseline's total, its interval, and in how many seeds it got there;
+            `least` and `most` of a seed, `relative` [% of the baseline's mean], `wins`, `losses`, `p` (sign test) and
+            `evidence`; `rollouts to baseline`, the median over seeds of rollouts until the baseline's last validation
+            pass@k over the baseline's total, its interval, and in how many seeds it got there;
         runs: every run's values.
     """
     seeds, models = list(starts), list(starts.values())
@@ -364,6 +364,8 @@ def paired(differences: Floats, models: Sequence[int]) -> dict[str, Any]:
         "difference": float(differences.mean()),
         "low": float(low),
         "high": float(high),
+        "least": float(differences.min()),
+        "most": float(differences.max()),
         "wins": wins,
         "losses": losses,
         "p": p,
