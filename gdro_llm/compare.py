@@ -317,7 +317,8 @@ def analyse(
         methods: by label, per value its mean over seeds and, but for the baseline, `difference`, `low`, `high` (95 %),
             `least` and `most` of a seed, `relative` [% of the baseline's mean], `wins`, `losses`, `p` (sign test) and
             `evidence`; `rollouts to baseline`, the median over seeds of rollouts until the baseline's last validation
-            pass@k over the baseline's total, its interval, and in how many seeds it got there;
+            pass@k over the baseline's total, its interval, and in how many seeds it got there; `against`, by label of
+            each other method, differences in mean@k and pass@k;
         runs: every run's values.
     """
     seeds, models = list(starts), list(starts.values())
@@ -341,6 +342,16 @@ def analyse(
             for seed, goal in zip(seeds, goals, strict=True)
         ]
         methods[label]["rollouts to baseline"] = _median(ratios, models)
+        methods[label]["against"] = {
+            other: {
+                rate: paired(
+                    np.array([found[label, s]["values"][rate] - found[other, s]["values"][rate] for s in seeds]), models
+                )
+                for rate in (f"mean@{k}", f"pass@{k}")
+            }
+            for other in labels[1:]
+            if other != label
+        }
         methods[label]["seconds"] = {"mean": float(np.mean([found[label, seed]["seconds"] for seed in seeds]))}
     runs = [
         {"method": label, "seed": seed, "model": starts[seed], **found[label, seed]}
@@ -469,29 +480,33 @@ def verdicts(result: dict[str, Any]) -> list[str]:
 
 
 def _figure(result: dict[str, Any]) -> Figure:
-    """Learning curves, and paired differences with their intervals."""
+    """Learning curves, and paired differences with their intervals; the labels of the differences name the curves."""
     k, labels = result["k"], list(result["methods"])
-    figure = Figure(figsize=(11, max(3.2, 0.32 * len(labels) + 1.2)), layout="constrained")
-    axes = figure.subplots(1, 4, width_ratios=[1.2, 1.2, 1, 1])
+    looks = [
+        {"color": COLOURS[i % 7], "marker": MARKERS[(i + i // 7) % 7], "markersize": 4} for i in range(len(labels))
+    ]
+    looks[0] = {"color": "black", "marker": "", "linestyle": "--"}
+    figure = Figure(figsize=(11, max(3.2, 0.28 * len(labels) + 1.0)), layout="constrained")
+    axes = figure.subplots(1, 4, width_ratios=[1.3, 1.3, 1, 1])
     for axis, kind in zip(axes[:2], ("mean", "pass"), strict=True):
-        for i, label in enumerate(labels):
+        for label, look in reversed([*zip(labels, looks, strict=True)]):
             curves = [run["curve"] for run in result["runs"] if run["method"] == label]
             height = np.mean([curve[kind] for curve in curves], axis=0)
-            look = {"color": COLOURS[i % 7], "marker": MARKERS[(i + i // 7) % 7], "markersize": 3.5, "linewidth": 1.2}
-            axis.plot(np.array(curves[0]["rollouts"]) / 1000, height, label=label, **look)
-        axis.set_title(f"validation {kind}@{k}, mean over seeds [%]")
+            axis.plot(np.array(curves[0]["rollouts"]) / 1000, height, linewidth=1.2, label=label, **look)
+        axis.set_title(f"{kind}@{k}, validation [%]")
         axis.set_xlabel("rollouts [thousands]")
-    axes[0].legend(fontsize=7)
+    axes[0].legend(handles=axes[0].lines[-1:], loc="lower right")
     for axis, name in zip(axes[2:], (f"mean@{k}", f"pass@{k}"), strict=True):
-        for i, label in enumerate(labels[1:], start=1):
+        for i, (label, look) in enumerate([*zip(labels, looks, strict=True)][1:], start=1):
             entry = result["methods"][label][name]
-            colour = COLOURS[i % 7] if entry["evidence"] else "#999999"
-            axis.plot([entry["low"], entry["high"]], [i, i], color=colour, linewidth=2)
-            axis.plot(entry["difference"], i, "o", color=colour, markersize=5)
-        axis.axvline(0, color="#444444", linewidth=0.8)
+            axis.plot([entry["low"], entry["high"]], [i, i], color=look["color"], linewidth=1.5)
+            face = look["color"] if entry["evidence"] else "white"
+            axis.plot(entry["difference"], i, **{**look, "markersize": 7}, markerfacecolor=face)
+        axis.axvline(0, color="black", linewidth=0.8, linestyle="--")
         axis.set_yticks(range(1, len(labels)), labels[1:] if axis is axes[2] else [""] * (len(labels) - 1))
         axis.set_ylim(len(labels) - 0.5, 0.5)
-        axis.set_title(f"test {name} against {result['baseline']} [points]")
+        axis.set_title(f"{name}, test [points]")
+        axis.set_xlabel(f"minus {result['baseline']}; filled: evidence", fontsize=7.5)
     return figure
 
 
