@@ -248,7 +248,7 @@ def outcomes(run: Path) -> dict[str, Any]:
         values[f"curve {rate}"] = 100 * float(np.trapezoid(heights, spent) / (spent[-1] - spent[0]))
     values[f"worst tenth mean@{k}"] = 100 * float(worst.mean())
     values["mixed groups"] = 100 * float(np.mean([row["mixed_share"] for row in metrics]))
-    timing = _rows(run / "timing.jsonl")
+    clock = [item for row in _rows(run / "timing.jsonl") for item in row.items()]
     return {
         "values": {**values, **_proxies(metrics)},
         "curve": {
@@ -257,7 +257,7 @@ def outcomes(run: Path) -> dict[str, Any]:
         },
         "k": k,
         "rollouts": metrics[-1]["rollouts"],
-        "seconds": round(sum(value for row in timing for key, value in row.items() if key.endswith("_s")), 1),
+        "seconds": round(sum(x for key, x in clock if key.endswith("_s") and not key.endswith("per_s")), 1),
     }
 
 
