@@ -179,6 +179,8 @@ def test_equal_differences_have_no_width(gain, seeds):
         "difference": 0,
         "low": 0,
         "high": 0,
+        "least": 0,
+        "most": 0,
         "wins": 0,
         "losses": 0,
         "p": 1.0,
@@ -327,7 +329,7 @@ def test_a_value_that_a_method_has_not_is_left_out():
 
     def run(passed, lead):
         curve = {"rollouts": [0, 10], "pass": [0.0, passed], "mean": [0.0, passed]}
-        values = {"pass@2": passed, "zero": 0.0, "lead-lag": lead}
+        values = {"mean@2": passed, "pass@2": passed, "zero": 0.0, "lead-lag": lead}
         return {"values": values, "curve": curve, "k": 2, "rollouts": 10, "seconds": 1.0}
 
     found = {("a", s): run(10.0 + s, None) for s in (0, 1)} | {("b", s): run(20.0 + s, -1.0) for s in (0, 1)}
@@ -377,7 +379,10 @@ def without_seconds(out: Path) -> dict[str, object]:
     result = json.loads((out / "comparison.json").read_text())
     for part in (*result["runs"], *result["methods"].values()):
         del part["seconds"]
-    table = [[x for i, x in enumerate(row) if i != 4] for row in csv.reader((out / "comparison.csv").open())]
+    table = [
+        [x for i, x in enumerate(row) if i != 4]
+        for row in csv.reader((out / "comparison.csv").read_text().splitlines())
+    ]
     return {"json": result, "csv": table, **{name: (out / name).read_bytes() for name in FILES[2:]}}
 
 
@@ -393,7 +398,7 @@ def test_a_comparison_leaves_its_files_and_runs_without_weights(compared):
     places = sorted(str(path.relative_to(compared / "runs")) for path in (compared / "runs").glob("*/*"))
     assert places == sorted(f"{label}/{seed}{end}" for label in LABELS for seed in (0, 1) for end in ("", ".log"))
     assert not list(compared.rglob("*.safetensors"))
-    table = list(csv.DictReader((compared / "comparison.csv").open()))
+    table = list(csv.DictReader((compared / "comparison.csv").read_text().splitlines()))
     assert [(row["method"], row["seed"]) for row in table] == [(label, seed) for label in LABELS for seed in "01"]
     lines = (compared / "comparison.md").read_text().splitlines()
     assert lines[0].startswith("quickstart: 2 seeds over 1 warm start, 192 rollouts a run.")
@@ -469,7 +474,7 @@ def test_a_second_call_trains_nothing_and_writes_the_same_bytes(compared, monkey
     assert {path: path.stat().st_mtime_ns for path in (compared / "runs").rglob("*")} == times
     said = capsys.readouterr().out
     assert (compared / "comparison.md").read_text() in said
-    assert said.count("no evidence") == 3
+    assert said.count("no evidence  ") == 3
 
 
 def test_a_comparison_goes_on_where_it_was_killed(compared, tmp_path):
