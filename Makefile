@@ -66,8 +66,10 @@ compare: install  ## does it work? methods x seeds x testbeds (hours; resumes)
 	    [ -e $$d/model.safetensors ] || $(BIN)/gdro warm-start $$t --size $$z --seed $$s --out $$d || exit 1; done; \
 	  $(BIN)/gdro compare quickstart --data $$t --models $${starts#,} --methods $(METHODS) --out runs/compare/$$t-$$z \
 	    || exit 1; done; done
+	$(BIN)/gdro train quickstart --controller grpo --steps 40 --out runs/signal-policy --resume
+	$(BIN)/gdro signal quickstart --model runs/signal-policy/checkpoint-000040 --out runs/compare/step-40
 
-# Learning rate, updates a batch, group size and clip for plain GRPO, on validation problems of seeds that nothing reports.
+# Settings for plain GRPO, on validation problems of seeds that nothing else uses.
 TUNED := grpo+learning_rate=1.5e-4+minibatches=4
 tune: install  ## the baseline's settings, tuned (half an hour; resumes)
 	@grid=; for r in 1.5e-4 3e-4 6e-4 1e-3; do for m in 1 2 4; do grid=$$grid,grpo+learning_rate=$$r+minibatches=$$m; done; done; \

@@ -119,7 +119,7 @@ def fill(files: list[Path]) -> None:
 
 def collect(folder: Path) -> None:
     """Copy verdicts, tables and the figures that the report shows."""
-    shown = set(re.findall(r"\(figures/(\w+)\.png\)", read("README.md")))
+    shown = set(re.findall(r"\(figures/([\w.-]+)\.png\)", read("README.md")))
     for path in sorted(folder.glob("*.json")):
         if json.loads(path.read_text(encoding="utf-8"))["quick"]:
             raise ValueError(f"{path} is of a quick run, which is no evidence")
