@@ -213,7 +213,7 @@ def test_the_examples_of_f5():
 
 def test_figures_are_shown_and_small():
     """Every picture in figures/ is in the report, below 100 kB."""
-    shown = set(re.findall(r"\(figures/(\w+\.png)\)", REPORT))
+    shown = set(re.findall(r"\(figures/([\w.-]+\.png)\)", REPORT))
     found = {path.name: path.stat().st_size for path in (PAPER / "figures").iterdir()}
     assert set(found) == shown
     assert max(found.values()) < 100_000
