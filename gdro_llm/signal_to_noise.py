@@ -63,7 +63,7 @@ def measure(config: Config, methods: Sequence[Method], warm_up: int, batches: in
     wanted = {"mean@1": 1, f"pass@{config.eval_samples}": config.eval_samples}
     rates = exact_rates(policy, train, config)
     directions = {name: exact_gradient(policy, train, config, rates, k) for name, k in wanted.items()}
-    named = replace(config, model=Path(config.model).name)  # where it lies is nobody's business
+    named = replace(config, model=Path(config.model).name)  # not where it lies
     result: dict[str, Any] = {"config": asdict(named), "warm_up": warm_up, "batches": batches, "methods": {}}
     for method in methods:
         halves = _halves(policy, train, replace(config, **method.settings), warm_up, batches, method.label)
