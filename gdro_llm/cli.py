@@ -1,4 +1,4 @@
-"""The `gdro` command: train, compare, eval, plan-memory, report, presets, warm-start."""
+"""The `gdro` command: train, compare, signal, eval, plan-memory, report, presets, warm-start."""
 
 from __future__ import annotations
 
@@ -152,6 +152,21 @@ def main(argv: list[str] | None = None) -> int:
     comparison.add_argument("--out", type=Path, help="folder to write [default runs/compare-PRESET]")
     add_options(comparison)
 
+    signal = subparsers.add_parser(
+        "signal",
+        help="signal and noise of one step's gradient, by method, at a fixed policy",
+        usage="gdro signal PRESET [--methods A,B] [--warm-up N] [--batches N] [--out DIR] [--KEY VALUE]",
+        description="Signal-to-noise ratio of a batch's gradient, and its cosine with exact gradients of mean@1 and "
+        "pass@k, for every method (as in `gdro compare --help`) at one policy (--model). Embedded cells only.",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=118),
+    )
+    signal.add_argument("preset", help=f"one of {', '.join(preset_names())}, or a .toml file")
+    signal.add_argument("--methods", default="grpo,null,prompt,rollout,joint", help="[%(default)s]")
+    signal.add_argument("--warm-up", type=int, default=20, help="batches that controllers learn from [%(default)s]")
+    signal.add_argument("--batches", type=int, default=40, help="batches measured [%(default)s]")
+    signal.add_argument("--out", type=Path, default=Path("runs/signal"), help="folder to write [%(default)s]")
+    add_options(signal)
+
     presets = subparsers.add_parser("presets", help="list the presets, or print one with its settings")
     presets.add_argument("name", nargs="?", metavar="PRESET", help="print this one")
 
@@ -174,6 +189,7 @@ def main(argv: list[str] | None = None) -> int:
             "report": _report,
             "presets": _presets,
             "compare": _compare,
+            "signal": _signal,
             "warm-start": _warm_start,
         }
         if command != "train" and _processes() > 1:
@@ -278,6 +294,15 @@ def _compare(
     from gdro_llm.compare import compare_preset
 
     compare_preset(preset, methods, seeds, models, out, jobs, overrides)
+
+
+def _signal(preset: str, methods: str, warm_up: int, batches: int, out: Path, **overrides: object) -> None:
+    from gdro_llm.compare import Method
+    from gdro_llm.signal_to_noise import measure, table
+
+    config = Config(**{**load_preset(preset), **overrides})
+    print(table(measure(config, [Method.parse(text) for text in methods.split(",")], warm_up, batches, out)))
+    print(f"\nfiles: {out}/signal.json, .md")
 
 
 def _presets(name: str | None) -> None:

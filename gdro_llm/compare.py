@@ -17,12 +17,12 @@ import json
 import multiprocessing
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import signal
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
-from itertools import islice
 from pathlib import Path
 from threading import Thread
 from typing import Any, get_type_hints
@@ -38,9 +38,10 @@ from gdro_llm.checkpoint import write_file
 from gdro_llm.config import CONTROLLERS, RESUMABLE, Config, UsageError
 from gdro_llm.data import EMBEDDED
 from gdro_llm.report import COLOURS, MARKERS, STYLE
-from gdro_llm.stopping import Stopped
+from gdro_llm.stopping import Stopped, StopRequest, stop_requests
 
 Floats = NDArray[np.float64]
+Place = tuple[str, int]  # label of a method, seed
 
 METHODS: dict[str, dict[str, Any]] = {
     "joint": {"controller": "recommended"},
@@ -113,20 +114,15 @@ def compare(
     for place in runs.keys() - left.keys():
         _drop_weights(folders[place])  # of a run that was killed after its result
     bar = tqdm(total=len(runs), initial=len(runs) - len(left), desc="compare", unit="run")
-    with bar, _pool(config, jobs) as pool:
-        queue, going = iter(left.items()), dict[Future[None], tuple[str, int]]()
-        while True:
-            for place, run in islice(queue, jobs - len(going)):  # no more: what is handed out cannot be taken back
-                going[pool.submit(_train, run, folders[place])] = place
-            if not going:
-                break
-            for future in wait(going, return_when=FIRST_COMPLETED).done:
-                label, seed = going.pop(future)
-                if (error := future.exception()) is not None:
-                    log = _log(folders[label, seed])
-                    raise UsageError(f"{label}, seed {seed}: {error} (log: {log}); the same command goes on") from error
-                bar.set_postfix_str(f"{label}, seed {seed}")
-                bar.update()
+    with bar, stop_requests() as stop:
+        for (label, seed), error in _train_all(left, folders, jobs, stop, fresh=_has_gpu(config)):
+            if error is not None:
+                log = _log(folders[label, seed])
+                raise UsageError(f"{label}, seed {seed}: {error} (log: {log}); the same command goes on") from error
+            bar.set_postfix_str(f"{label}, seed {seed}")
+            bar.update()
+    if stop.received:
+        raise Stopped(f"stopped with {bar.n} of {len(runs)} runs complete; the same command goes on", stop.received)
     found = {place: outcomes(folders[place]) for place in runs}
     started = {seed: seed % len(models) for seed in range(config.seed, config.seed + seeds)}
     result = analyse(found, [method.label for method in methods], started)
@@ -135,21 +131,50 @@ def compare(
     return result
 
 
-def _pool(config: Config, jobs: int) -> ProcessPoolExecutor:
-    fresh = 1 if _has_gpu(config) else None  # a process that ends gives its GPU memory back
-    spawn = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(jobs, spawn, initializer=_end_with_parent, max_tasks_per_child=fresh)
+def _train_all(
+    left: Mapping[Place, Config], folders: Mapping[Place, Path], jobs: int, stop: StopRequest, *, fresh: bool
+) -> Iterator[tuple[Place, BaseException | None]]:
+    """Train, `jobs` side by side; each that is complete, or the error of the first that failed.
+
+    After a signal no further run starts, and those in progress save and leave: Ctrl-C reaches all processes of the
+    terminal, SIGTERM is handed on. `fresh` gives every run a process of its own, which gives its GPU memory back.
+    """
+    queue, waiting, told = iter(left.items()), dict[Future[bool], Place](), False
+    spawn, tasks = multiprocessing.get_context("spawn"), 1 if fresh else None
+    with ProcessPoolExecutor(jobs, spawn, initializer=_end_with_parent, max_tasks_per_child=tasks) as pool:
+        while True:
+            while len(waiting) < jobs and not stop.received and (following := next(queue, None)):
+                waiting[pool.submit(_train, following[1], folders[following[0]])] = following[0]
+            if not waiting:
+                return
+            if stop.received == signal.SIGTERM and not told:
+                told = True
+                for child in multiprocessing.active_children():
+                    child.terminate()
+            for future in wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED).done:
+                place, error = waiting.pop(future), future.exception()
+                if error is not None:
+                    yield place, error
+                elif future.result():
+                    yield place, None
 
 
 def _end_with_parent() -> None:
     """A killed `gdro compare` leaves no process behind that trains on; runs survive this."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+    def watch() -> None:
+        if (parent := multiprocessing.parent_process()) is not None:
+            parent.join()
+            os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
-def _train(config: Config, out: Path) -> None:
-    """One run, in a process of the pool; what it prints goes to a log beside it, its weights are dropped at the end."""
+def _train(config: Config, out: Path) -> bool:
+    """One run, in a process of the pool: whether it is complete (it was not stopped).
+
+    What it prints goes to a log beside it; its weights are dropped at the end.
+    """
     from transformers.utils import logging
 
     from gdro_llm.trainer import train
@@ -159,10 +184,11 @@ def _train(config: Config, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with _log(out).open("a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
         try:
-            train(config, out, resume=True)
-        except Stopped as stopped:  # which no pool can hand over
-            raise UsageError(str(stopped)) from None
+            train(config, out, resume=True, report=False)
+        except Stopped:
+            return False
     _drop_weights(out)
+    return True
 
 
 def _log(out: Path) -> Path:
@@ -289,9 +315,10 @@ def analyse(
 
     Returns:
         methods: by label, per value its mean over seeds and, but for the baseline, `difference`, `low`, `high` (95 %),
-            `relative` [% of the baseline's mean], `wins`, `losses`, `p` (sign test) and `evidence`; `rollouts to
-            baseline`, the median over seeds of rollouts until the baseline's last validation pass@k over the
-            baseline's total, its interval, and in how many seeds it got there;
+            `least` and `most` of a seed, `relative` [% of the baseline's mean], `wins`, `losses`, `p` (sign test) and
+            `evidence`; `rollouts to baseline`, the median over seeds of rollouts until the baseline's last validation
+            pass@k over the baseline's total, its interval, and in how many seeds it got there; `against`, by label of
+            each other method, differences in mean@k and pass@k;
         runs: every run's values.
     """
     seeds, models = list(starts), list(starts.values())
@@ -315,6 +342,16 @@ def analyse(
             for seed, goal in zip(seeds, goals, strict=True)
         ]
         methods[label]["rollouts to baseline"] = _median(ratios, models)
+        methods[label]["against"] = {
+            other: {
+                rate: paired(
+                    np.array([found[label, s]["values"][rate] - found[other, s]["values"][rate] for s in seeds]), models
+                )
+                for rate in (f"mean@{k}", f"pass@{k}")
+            }
+            for other in labels[1:]
+            if other != label
+        }
         methods[label]["seconds"] = {"mean": float(np.mean([found[label, seed]["seconds"] for seed in seeds]))}
     runs = [
         {"method": label, "seed": seed, "model": starts[seed], **found[label, seed]}
@@ -338,6 +375,8 @@ def paired(differences: Floats, models: Sequence[int]) -> dict[str, Any]:
         "difference": float(differences.mean()),
         "low": float(low),
         "high": float(high),
+        "least": float(differences.min()),
+        "most": float(differences.max()),
         "wins": wins,
         "losses": losses,
         "p": p,
@@ -441,29 +480,33 @@ def verdicts(result: dict[str, Any]) -> list[str]:
 
 
 def _figure(result: dict[str, Any]) -> Figure:
-    """Learning curves, and paired differences with their intervals."""
+    """Learning curves, and paired differences with their intervals; the labels of the differences name the curves."""
     k, labels = result["k"], list(result["methods"])
-    figure = Figure(figsize=(11, max(3.2, 0.32 * len(labels) + 1.2)), layout="constrained")
-    axes = figure.subplots(1, 4, width_ratios=[1.2, 1.2, 1, 1])
+    looks = [
+        {"color": COLOURS[i % 7], "marker": MARKERS[(i + i // 7) % 7], "markersize": 4} for i in range(len(labels))
+    ]
+    looks[0] = {"color": "black", "marker": "", "linestyle": "--"}
+    figure = Figure(figsize=(11, max(3.2, 0.28 * len(labels) + 1.0)), layout="constrained")
+    axes = figure.subplots(1, 4, width_ratios=[1.3, 1.3, 1, 1])
     for axis, kind in zip(axes[:2], ("mean", "pass"), strict=True):
-        for i, label in enumerate(labels):
+        for label, look in reversed([*zip(labels, looks, strict=True)]):
             curves = [run["curve"] for run in result["runs"] if run["method"] == label]
             height = np.mean([curve[kind] for curve in curves], axis=0)
-            look = {"color": COLOURS[i % 7], "marker": MARKERS[(i + i // 7) % 7], "markersize": 3.5, "linewidth": 1.2}
-            axis.plot(np.array(curves[0]["rollouts"]) / 1000, height, label=label, **look)
-        axis.set_title(f"validation {kind}@{k}, mean over seeds [%]")
+            axis.plot(np.array(curves[0]["rollouts"]) / 1000, height, linewidth=1.2, label=label, **look)
+        axis.set_title(f"{kind}@{k}, validation [%]")
         axis.set_xlabel("rollouts [thousands]")
-    axes[0].legend(fontsize=7)
+    axes[0].legend(handles=axes[0].lines[-1:], loc="lower right")
     for axis, name in zip(axes[2:], (f"mean@{k}", f"pass@{k}"), strict=True):
-        for i, label in enumerate(labels[1:], start=1):
+        for i, (label, look) in enumerate([*zip(labels, looks, strict=True)][1:], start=1):
             entry = result["methods"][label][name]
-            colour = COLOURS[i % 7] if entry["evidence"] else "#999999"
-            axis.plot([entry["low"], entry["high"]], [i, i], color=colour, linewidth=2)
-            axis.plot(entry["difference"], i, "o", color=colour, markersize=5)
-        axis.axvline(0, color="#444444", linewidth=0.8)
+            axis.plot([entry["low"], entry["high"]], [i, i], color=look["color"], linewidth=1.5)
+            face = look["color"] if entry["evidence"] else "white"
+            axis.plot(entry["difference"], i, **{**look, "markersize": 7}, markerfacecolor=face)
+        axis.axvline(0, color="black", linewidth=0.8, linestyle="--")
         axis.set_yticks(range(1, len(labels)), labels[1:] if axis is axes[2] else [""] * (len(labels) - 1))
         axis.set_ylim(len(labels) - 0.5, 0.5)
-        axis.set_title(f"test {name} against {result['baseline']} [points]")
+        axis.set_title(f"{name}, test [points]")
+        axis.set_xlabel(f"minus {result['baseline']}; filled: evidence", fontsize=7.5)
     return figure
 
 

@@ -55,11 +55,11 @@ Batch = tuple[Rollouts, np.ndarray, np.ndarray, np.ndarray]  # and advantages, s
 REPORT_EVERY = 60.0  # the report is written anew after an evaluation, but not more often [s]
 
 
-def train(config: Config, out: Path, *, resume: bool = False, fresh: bool = False) -> None:
-    """Train one policy and leave a run directory in `out`; see `gdro train --help`."""
+def train(config: Config, out: Path, *, resume: bool = False, fresh: bool = False, report: bool = True) -> None:
+    """Train one policy into the run directory `out`, with a report if wanted; see `gdro train --help`."""
     with ExitStack() as cleanup, failures_noted(), out_of_memory_advice(config, training=True):
         cleanup.callback(stop_workers)
-        run = Run(config, out, cleanup, resume=resume, fresh=fresh)
+        run = Run(config, out, cleanup, resume=resume, fresh=fresh, report=report)
         controller, policy, workers = run.controller, run.policy, run.workers
         decoding = Decoding(config.max_new_tokens, config.temperature)
         if run.progress["step"] == 0:
@@ -70,7 +70,7 @@ def train(config: Config, out: Path, *, resume: bool = False, fresh: bool = Fals
         for step in run.steps():
             clock = Clock(policy.device)
             with clock("controller"):
-                plan = controller.plan([problem.id for problem in run.batch(step)])
+                plan = controller.plan([problem.id for problem in candidates(run.pool, config, step)])
             problems = [run.train_problems[str(name)] for name in plan.ids]
             prompts = [prompt_tokens(policy.tokenizer, problem, config) for problem in problems]
             mine = workers.deal(plan.counts, config.minibatches)
@@ -114,8 +114,10 @@ def train(config: Config, out: Path, *, resume: bool = False, fresh: bool = Fals
 class Run:
     """All that a run holds besides the step in progress: policy, engines, controller, data, logs."""
 
-    def __init__(self, config: Config, out: Path, cleanup: ExitStack, *, resume: bool, fresh: bool) -> None:
-        self.config, self.out = config, out
+    def __init__(
+        self, config: Config, out: Path, cleanup: ExitStack, *, resume: bool, fresh: bool, report: bool
+    ) -> None:
+        self.config, self.out, self.report = config, out, report
         self.controller = build_controller(config)
         self.workers = start_workers(device_type(config))
         if config.optimizer == "adamw8bit" and self.workers.size > 1:
@@ -129,7 +131,7 @@ class Run:
         checkpoint: Path | None = self.workers.gather(found)[0]
         self.policy = load_policy(config, checkpoint, self.workers)
         train = drop_long_prompts(self.policy.tokenizer, train, config)
-        self.train_problems = {problem.id: problem for problem in train}
+        self.pool, self.train_problems = train, {problem.id: problem for problem in train}
         if config.controller == "mopps" and len(train) < CANDIDATES * config.batch_size:
             raise UsageError(
                 f"batch_size must be at most a {CANDIDATES}th of the {len(train)} problems with controller 'mopps', "
@@ -175,16 +177,6 @@ class Run:
     def steps(self) -> range:
         """The steps that are left."""
         return range(self.first_step, self.config.steps)
-
-    def batch(self, step: int) -> list[Problem]:
-        """The problems of a step; where the planner chooses, the candidates: these and others."""
-        problems, config = [*self.train_problems.values()], self.config
-        rows = batch_indices(len(problems), config.batch_size, step, config.seed)
-        if config.controller == "mopps":
-            others = np.setdiff1d(np.arange(len(problems)), rows)
-            order = np.random.default_rng([config.seed, step, 1]).permutation(others)
-            rows = np.concatenate([rows, order[: (CANDIDATES - 1) * len(rows)]])
-        return [problems[i] for i in rows]
 
     def refill(self, rollouts: Rollouts, advantages_R: np.ndarray, scale_R: np.ndarray) -> Batch | None:
         """Keep the mixed groups; a batch once there are as many as a batch has prompts (what is over goes), or None."""
@@ -283,7 +275,7 @@ class Run:
             else:
                 self.policy.save(self.out)  # takes part in gathering the weights, writes nothing
             self.workers.barrier()
-        if due and self.tracker is not None and time.monotonic() - self._reported > REPORT_EVERY:
+        if due and self.report and self.tracker is not None and time.monotonic() - self._reported > REPORT_EVERY:
             write_report([self.out], self.out)
             self._reported = time.monotonic()
 
@@ -323,6 +315,16 @@ class Run:
 
     def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
         return [(name, p) for name, p in self.policy.model.named_parameters() if p.requires_grad]
+
+
+def candidates(problems: list[Problem], config: Config, step: int) -> list[Problem]:
+    """The problems of a step; for a planner that chooses, these and others."""
+    rows = batch_indices(len(problems), config.batch_size, step, config.seed)
+    if config.controller == "mopps":
+        others = np.setdiff1d(np.arange(len(problems)), rows)
+        order = np.random.default_rng([config.seed, step, 1]).permutation(others)
+        rows = np.concatenate([rows, order[: (CANDIDATES - 1) * len(rows)]])
+    return [problems[i] for i in rows]
 
 
 def turned_round(rewards: np.ndarray, rows: np.ndarray, total: int, config: Config, step: int) -> np.ndarray:

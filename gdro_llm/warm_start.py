@@ -42,14 +42,19 @@ CELL_WEIGHTS = {"easy": 1.0, "middle": 1.3, "hard": 1.6}  # how often the warm s
 
 @dataclass(frozen=True)
 class Size:
-    """Shape of a tiny Qwen3; the feed-forward layer is three times as wide as the residual stream."""
+    """A tiny Qwen3, whose feed-forward layers are three times as wide as the residual stream."""
 
     width: int
     layers: int
     heads: int
+    compute: torch.dtype = torch.bfloat16  # of matrix products in the warm start
 
 
-SIZES = {"0.9M": Size(128, 4, 4), "3M": Size(256, 4, 4), "12M": Size(384, 6, 6)}  # 857k, 3.42M, 11.5M parameters
+SIZES = {  # 857k, 3.42M and 11.5M parameters
+    "0.9M": Size(128, 4, 4, torch.float32),
+    "3M": Size(256, 4, 4),
+    "12M": Size(384, 6, 6),
+}
 
 
 def tiny_qwen3(tokenizer: PreTrainedTokenizerFast, seed: int, size: Size = SIZES["0.9M"]) -> Qwen3ForCausalLM:
@@ -139,6 +144,7 @@ def _train(
     steps: int,
     batch: int,
     rate: float,
+    compute: torch.dtype,
     description: str,
 ) -> None:
     """Muon at .02 ``rate`` and AdamW at .003 ``rate``: 60 steps up, constant, then down to zero over the last half."""
@@ -158,7 +164,8 @@ def _train(
     for _ in progress:
         drawn = rng.choices(cells, weights, k=batch)
         ids, labels = pad_right(tokenizer, [warm_start_example(rng, cell) for cell in drawn])
-        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+        with torch.autocast("cpu", compute, enabled=compute is not torch.float32):
+            logits = model(input_ids=ids[:, :-1], use_cache=False).logits.float()
         loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
         model.zero_grad()
         loss.backward()
@@ -205,8 +212,8 @@ def warm_start(
     tokenizer = character_tokenizer()
     model = tiny_qwen3(tokenizer, seed, SIZES[size])
     rng, cells = random.Random(seed), TESTBEDS[testbed]
-    _train(model, tokenizer, cells, rng, steps, batch, 1.0, "warm start")
-    _train(model, tokenizer, cells, rng, fine_tune_steps, batch, 0.5, "fine-tune")
+    _train(model, tokenizer, cells, rng, steps, batch, 1.0, SIZES[size].compute, "warm start")
+    _train(model, tokenizer, cells, rng, fine_tune_steps, batch, 0.5, SIZES[size].compute, "fine-tune")
     model.eval()
     _save_atomically(model, tokenizer, out_dir)
     policy = Policy(model, tokenizer, stop_ids=torch.tensor([tokenizer.eos_token_id]), temperature=1.0, source="")

@@ -42,7 +42,7 @@ def train(run: Path, controller: str, threads: int) -> int:
     """Train a few steps; the largest resident memory of the process [bytes]."""
     options = {
         "controller": controller, "threads": threads, "steps": STEPS, "eval-every": STEPS, "save-every": STEPS,
-        "test-problems": 25, "out": run,
+        "test-problems": 25, "out": run, "minibatches": 1,  # as `bench_trl.py` does
     }  # fmt: skip
     flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}

@@ -4,7 +4,7 @@ verl samples, grades and trains; this trainer decides and weights, around two st
 
 1. before generation: the ids of the batch -> plan -> each prompt's number of rollouts, `__rollout_n__`;
 2. after verl's GRPO advantages, which are centred in groups of any size: times the prompt's factor (`rollout_scale`).
-   What the controller observes are the rewards, without weights.
+   A KL or entropy term stays unweighted. What the controller observes are the rewards, without weights.
 
 `VERL_USE_EXTERNAL_MODULES=gdro_llm.integrations.verl` registers it, or the entry point of the installed package; then
 
@@ -22,6 +22,7 @@ nothing is replaced: the advantages are verl's to the bit.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 import transfer_queue as tq
+import verl
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from tensordict import TensorDict
@@ -43,6 +45,7 @@ from gdro_llm.config import UsageError
 from gdro_llm.objective import rollout_scale
 from gdro_llm.tracking import flatten
 
+TESTED = "0.9.1"  # with transformers 5.10, torch 2.13; without a GPU
 MODE = "gdro_sync"
 STATE = "gdro_controller.json"  # beside data.pt in verl's checkpoint folder
 CONTROLLERS = ("grpo", "recommended", "recommended-prompt", "recommended-rollout")
@@ -139,6 +142,14 @@ def refuse(config: DictConfig) -> None:
         (
             v1.sync.get("parameter_sync_step", 1) != 1,
             "trainer.v1.sync.parameter_sync_step must be 1: a plan is observed once, as a whole",
+        ),
+        (
+            v1.sampler.custom_sampler.path is not None,
+            "trainer.v1.sampler.custom_sampler must be left out: a batch is observed as it was planned",
+        ),
+        (
+            config.distillation.enabled,
+            "distillation.enabled must be False: weights do not reach its loss",
         ),
         (
             config.skip.rollout_tq.enable,
@@ -244,6 +255,12 @@ class GDROTrainer(PPOTrainerSync):  # type: ignore[misc, unused-ignore]
     """
 
     def __init__(self, config: DictConfig) -> None:
+        if verl.__version__ != TESTED:
+            warnings.warn(
+                f"gdro_llm.integrations.verl wraps private methods of verl and was tested with {TESTED}, this is "
+                f"{verl.__version__}: run make test-verl with it, or pip install verl=={TESTED}",
+                stacklevel=2,
+            )
         self.settings = Settings.of(config)
         refuse(config)
         self.controller = self.settings.build(config.actor_rollout_ref.rollout.n)

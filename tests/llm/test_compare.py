@@ -179,6 +179,8 @@ def test_equal_differences_have_no_width(gain, seeds):
         "difference": 0,
         "low": 0,
         "high": 0,
+        "least": 0,
+        "most": 0,
         "wins": 0,
         "losses": 0,
         "p": 1.0,
@@ -327,7 +329,7 @@ def test_a_value_that_a_method_has_not_is_left_out():
 
     def run(passed, lead):
         curve = {"rollouts": [0, 10], "pass": [0.0, passed], "mean": [0.0, passed]}
-        values = {"pass@2": passed, "zero": 0.0, "lead-lag": lead}
+        values = {"mean@2": passed, "pass@2": passed, "zero": 0.0, "lead-lag": lead}
         return {"values": values, "curve": curve, "k": 2, "rollouts": 10, "seconds": 1.0}
 
     found = {("a", s): run(10.0 + s, None) for s in (0, 1)} | {("b", s): run(20.0 + s, -1.0) for s in (0, 1)}

@@ -1,13 +1,15 @@
 """Every engine decides what the own loop decides, for the same ids, rewards and seed.
 
-An engine is a function (tiny model, folder, batches, configuration) -> `Run`: it trains on `batches`, the problems of
-each step in order, and grades by `verdicts`. To add one, write that function and name it in `ENGINES`, with the factor
-by which its own standard deviation changes the advantages of groups of n (n_bar on average).
+An engine is a function (folder, batches, configuration, case, fixtures) -> `Run`: it trains on `batches`, the problems
+of each step in order, and grades by `Verdicts`. To add one, write that function and name it in `ENGINES`, with the
+package it needs and how closely its advantages agree. Where the package is missing its cases are skipped: `make test`
+compares the own loop with the library alone, `make test-trl` and `make test-verl` with TRL and verl.
 """
 
-import importlib.util
+import uuid
 import zlib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,36 @@ from gdro_llm import trainer
 from gdro_llm.config import Config
 from gdro_llm.data import Problem, batch_indices, load_problems
 from gdro_llm.grading import Grader
+from gdro_llm.objective import group_advantages, rollout_scale
 
 STEPS = 6
-PROMPT, ROLLOUT = ("recommended", "recommended-prompt"), ("recommended", "recommended-rollout")
+
+
+@dataclass
+class Case:
+    """What the engines agree on."""
+
+    controller: str
+    scaled: bool
+    seed: int
+    rewards: str  # a key of EASE
+
+    def __str__(self) -> str:
+        return f"{self.controller}-{'scaled' if self.scaled else 'unscaled'}-{self.seed}-{self.rewards}"
+
+
+CASES = [
+    Case("recommended", True, 0, "mixed"),
+    Case("recommended", True, 1, "rare"),
+    Case("recommended", False, 2, "mixed"),
+    Case("recommended-prompt", True, 0, "rare"),
+    Case("recommended-prompt", False, 1, "mixed"),
+    Case("recommended-rollout", True, 1, "mixed"),
+    Case("recommended-rollout", False, 0, "rare"),
+    Case("grpo", True, 0, "mixed"),
+    Case("grpo", False, 1, "rare"),
+]
+EASE = {"mixed": lambda h: 1 + h % 9, "rare": lambda h: (0, 0, 1, 8)[h % 4]}  # a prompt's pass rate, in tenths
 
 
 @dataclass
@@ -35,15 +64,24 @@ class Run:
     state: dict[str, Any]  # of the controller afterwards
 
 
-def verdicts(problems: list[Problem]) -> list[float]:
-    """Rewards of consecutive rollouts: mixed, harder for some ids, and of no other origin than id and place."""
-    seen: dict[str, int] = {}
-    found = []
-    for problem in problems:
-        place = seen[problem.id] = seen.get(problem.id, 0) + 1
-        ease = 1 + zlib.crc32(problem.id.encode()) % 9
-        found.append(float(zlib.crc32(f"{problem.id}/{place}".encode()) % 10 < ease))
-    return found
+def verdict(case: Case, name: str, place: int) -> float:
+    """Reward of the `place`-th rollout of a prompt in a run: of no other origin."""
+    ease = EASE[case.rewards](zlib.crc32(name.encode()))
+    return float(zlib.crc32(f"{name}/{place}/{case.seed}".encode()) % 10 < ease)
+
+
+class Verdicts:
+    """The rewards of a run, asked for in plan order."""
+
+    def __init__(self, case: Case) -> None:
+        self.case, self.places = case, Counter[str]()
+
+    def __call__(self, names: Sequence[str]) -> list[float]:
+        found = []
+        for name in names:
+            found.append(verdict(self.case, name, self.places[name]))
+            self.places[name] += 1
+        return found
 
 
 class Record:
@@ -60,8 +98,9 @@ class Record:
         controller.observe = observe  # type: ignore[method-assign]
 
 
-def own_loop(config: Config, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """`gdro train`, with the grades of `verdicts`."""
+def own_loop(config: Config, folder: Path, case: Case) -> Run:
+    """`gdro train`, with the grades of `Verdicts`."""
+    verdicts = Verdicts(case)
     advantages: list[np.ndarray] = []
     records: list[Record] = []
     update, build = trainer.update, trainer.build_controller
@@ -74,24 +113,36 @@ def own_loop(config: Config, folder: Path, monkeypatch: pytest.MonkeyPatch) -> R
         records.append(Record(build(config)))
         return records[-1].controller
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "update", keep_advantages)
         patch.setattr(trainer, "build_controller", keep_controller)
         patch.setattr(Grader, "check_gold", lambda self, problems: None)
-        patch.setattr(Grader, "grade", lambda self, problems, texts: np.array(verdicts(list(problems))))
+        patch.setattr(Grader, "grade", lambda self, problems, texts: np.array(verdicts([p.id for p in problems])))
         trainer.train(config, folder)
     return Run(records[0].plans, advantages, records[0].controller.state_dict())
 
 
-def with_trl(model: Path, folder: Path, batches: list[list[Problem]], config: Config) -> Run:
-    """GDROTrainer on the same problems in the same order."""
+def library(folder: Path, batches: list[list[Problem]], config: Config, case: Case, fixtures: Any) -> Run:
+    """`gdro_core` as the README uses it, and the objective's two factors."""
+    record, verdicts, advantages = Record(trainer.build_controller(config)), Verdicts(case), []
+    for batch in batches:
+        plan = record.controller.plan([problem.id for problem in batch])
+        rewards = np.array(verdicts([plan.ids[p] for p in plan.owner]))
+        scale_R = rollout_scale(plan.weights, plan.counts, plan.owner, config.aggregation)
+        advantages.append(group_advantages(rewards, plan.owner, scale=case.scaled) * scale_R)
+        record.controller.observe(plan, rewards)
+    return Run(record.plans, advantages, record.controller.state_dict())
+
+
+def with_trl(folder: Path, batches: list[list[Problem]], config: Config, case: Case, fixtures: Any) -> Run:
+    """GDROTrainer of TRL, on the tiny model."""
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl import GRPOConfig
 
     from gdro_llm.integrations.trl import GDROTrainer
 
-    known = {problem.id: problem for batch in batches for problem in batch}
+    verdicts = Verdicts(case)
     rows = [{"prompt": problem.prompt, "prompt_id": problem.id} for batch in batches for problem in batch]
     record = Record(trainer.build_controller(config))
     advantages: list[np.ndarray] = []
@@ -107,7 +158,7 @@ def with_trl(model: Path, folder: Path, batches: list[list[Problem]], config: Co
         num_generations=config.mean_rollouts,
         per_device_train_batch_size=config.mean_rollouts * config.batch_size,
         max_completion_length=config.max_new_tokens,
-        scale_rewards=config.scale_rewards,
+        scale_rewards=case.scaled,
         shuffle_dataset=False,
         save_strategy="no",
         report_to="none",
@@ -119,43 +170,92 @@ def with_trl(model: Path, folder: Path, batches: list[list[Problem]], config: Co
         disable_tqdm=True,
     )
     Keep(
-        str(model),
-        lambda prompt_id, **_: verdicts([known[name] for name in prompt_id]),
+        config.model,
+        lambda prompt_id, **_: verdicts(prompt_id),
         settings,
         Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(model),
+        processing_class=AutoTokenizer.from_pretrained(config.model),
         controller=record.controller,
     ).train()
     return Run(record.plans, advantages, record.controller.state_dict())
 
 
-Engine = Callable[[Path, Path, list[list[Problem]], Config], Run]
-ENGINES: dict[str, tuple[Engine, Callable[[np.ndarray, int], Any]]] = {
-    "trl": (with_trl, lambda counts_R, mean_rollouts: np.sqrt((mean_rollouts - 1) / mean_rollouts)),
+def with_verl(folder: Path, batches: list[list[Problem]], config: Config, case: Case, fixtures: Any) -> Run:
+    """GDROTrainer of verl, in verl's own `fit`; tests/verl/on_cpu.py says what is replaced.
+
+    verl does not say in which order the rollouts of a prompt are graded: `Verdicts` in any order within a group.
+    """
+    run = uuid.uuid4().hex
+    rows = []
+    for problem in (problem for batch in batches for problem in batch):
+        source, index = problem.id.split("/", 1)
+        told = [verdict(case, problem.id, place) for place in range(STEPS * config.max_rollouts)]
+        rows.append(
+            {
+                "data_source": source,
+                "prompt": [{"role": "user", "content": problem.prompt}],
+                "reward_model": {"style": "rule", "ground_truth": ""},
+                "extra_info": {"index": index, "run": run, "verdicts": told},
+            }
+        )
+    settings = ("controller", "min_rollouts", "max_rollouts", "num_bins", "seed", "aggregation")
+    overrides = {f"+gdro.{name}": getattr(config, name) for name in settings} | {
+        "actor_rollout_ref.rollout.n": config.mean_rollouts,
+        "algorithm.norm_adv_by_std_in_grpo": case.scaled,
+        "data.shuffle": False,
+        "data.train_batch_size": config.batch_size,
+        "actor_rollout_ref.actor.ppo_mini_batch_size": config.batch_size,
+        "trainer.total_training_steps": STEPS,
+        "trainer.save_freq": -1,
+    }
+    configure, fit = (fixtures.getfixturevalue(name) for name in ("configure", "fit"))
+    done, _ = fit(configure(*(f"{key}={value}" for key, value in overrides.items()), rows=rows))
+    advantages = []
+    for plan, submitted, (keys, tags, data) in zip(
+        done.plans, done.submitted, done.actor_rollout_wg.trained, strict=True
+    ):
+        first, place_of = np.cumsum(plan.counts) - plan.counts, {uid: i for i, uid in enumerate(submitted)}
+        found = np.full(plan.owner.size, np.nan)
+        for i, (key, tag) in enumerate(zip(keys, tags, strict=True)):
+            uid, session, _ = key.split("_")
+            if not tag.get("is_padding", False):
+                found[first[place_of[uid]] + int(session)] = data["advantages"][i][0]
+        advantages.append(found)
+    return Run(done.plans, advantages, done.controller.state_dict())
+
+
+def n_minus_one(config: Config) -> float:
+    """TRL's and verl's standard deviations of groups of n_bar have n - 1, the own loop's has n."""
+    return float(np.sqrt((config.mean_rollouts - 1) / config.mean_rollouts))
+
+
+# Package, engine, and relative tolerance of the advantages with and without a game: without one TRL and verl keep their
+# own float32 ones, with 1e-4 and 1e-6 beside the deviation.
+ENGINES = {
+    "library": ("gdro_core", library, 0.0, 0.0),
+    "trl": ("trl", with_trl, 1e-6, 1e-3),
+    "verl": ("transfer_queue", with_verl, 1e-5, 1e-5),
 }
 
 
-@pytest.mark.parametrize("scaled", [True, False], ids=["scaled", "unscaled"])
-@pytest.mark.parametrize("controller", ["recommended", "recommended-prompt", "recommended-rollout", "grpo"])
+@pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("engine", ENGINES)
-def test_engines_decide_what_the_own_loop_decides(
-    engine, controller, scaled, run_config, tiny_model, tmp_path, monkeypatch
-):
+def test_engines_decide_what_the_own_loop_decides(engine, case, run_config, tmp_path, request):
     """Ids, bins, weights, counts and price of every plan; weights times advantages; the memory after all steps."""
-    if importlib.util.find_spec(engine) is None:
-        pytest.skip(f"{engine} is not installed here")
+    package, run, rtol, rtol_without_a_game = ENGINES[engine]
+    pytest.importorskip(package)
     rhythm = {"steps": STEPS, "eval_every": STEPS, "save_every": STEPS, "eval_samples": 1}
     # Three epochs, so that all prompts of the later ones are known.
-    config = run_config(controller=controller, scale_rewards=scaled, batch_size=20, **rhythm)
+    config = run_config(controller=case.controller, scale_rewards=case.scaled, seed=case.seed, batch_size=20, **rhythm)
     problems, _ = load_problems(config)
     batches = [
         [problems[i] for i in batch_indices(len(problems), config.batch_size, step, config.seed)]
         for step in range(STEPS)
     ]
-    run, deviation = ENGINES[engine]
-    own = own_loop(config, tmp_path / "own", monkeypatch)
-    other = run(tiny_model, tmp_path / engine, batches, config)
+    own = own_loop(config, tmp_path / "own", case)
+    other = run(tmp_path, batches, config, case, request)
     assert len(own.plans) == len(other.plans) == len(own.advantages) == len(other.advantages) == STEPS
+    factor = n_minus_one(config) if case.scaled and engine != "library" else 1.0
     for plan, expected, advantages, expected_advantages in zip(
         other.plans, own.plans, other.advantages, own.advantages, strict=True
     ):
@@ -163,9 +263,13 @@ def test_engines_decide_what_the_own_loop_decides(
         np.testing.assert_array_equal(plan.bins, expected.bins)
         np.testing.assert_array_equal(plan.weights, expected.weights)
         assert plan.price == expected.price
-        factor = deviation(expected.counts[expected.owner], config.mean_rollouts) if scaled else 1.0
-        rtol = 1e-3 if controller == "grpo" else 1e-6  # TRL keeps its own there: 1e-4 beside the deviation
-        np.testing.assert_allclose(advantages, expected_advantages * factor, rtol=rtol, atol=1e-7)
+        if engine == "verl":  # in any order within a group
+            advantages, expected_advantages = (
+                values[np.lexsort((values, plan.owner))] for values in (advantages, expected_advantages)
+            )
+        tolerance = rtol_without_a_game if case.controller == "grpo" else rtol
+        np.testing.assert_allclose(advantages, expected_advantages * factor, rtol=tolerance, atol=1e-7)
     assert other.state == own.state
-    assert any(len(set(plan.counts.tolist())) > 1 for plan in own.plans) == (controller in ROLLOUT)
-    assert any(np.ptp(plan.weights) > 0.1 for plan in own.plans) == (controller in PROMPT)
+    games = case.controller.partition("-")[2] if case.controller != "grpo" else "none"
+    assert any(len(set(plan.counts.tolist())) > 1 for plan in own.plans) == (games in ("", "rollout"))
+    assert any(np.ptp(plan.weights) > 0.1 for plan in own.plans) == (games in ("", "prompt"))

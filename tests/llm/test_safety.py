@@ -208,8 +208,8 @@ def test_errors_that_quote_a_data_file_are_text_too(tmp_path, capsys, tiny_model
     (tmp_path / "train.jsonl").write_text(json.dumps({"id": EVIL, "problem": "1+1=", "answer": "2\x1b[2J"}) + "\n")
     (tmp_path / "test.jsonl").write_text(json.dumps({"id": EVIL, "problem": "1+2=", "answer": "\x1b[2J{"}) + "\n")
     files = ["--data", str(tmp_path / "train.jsonl"), "--test-data", str(tmp_path / "test.jsonl")]
-    command = ["train", "quickstart", *files, "--batch-size", "1", "--grader", "number", "--model", str(tiny_model)]
-    assert main([*command, "--out", str(tmp_path / "out")]) == 2
+    small = ["--batch-size", "1", "--minibatches", "1", "--grader", "number", "--model", str(tiny_model)]
+    assert main(["train", "quickstart", *files, *small, "--out", str(tmp_path / "out")]) == 2
     refused = capsys.readouterr().err
     assert printable(EVIL) in refused
     assert not CONTROL.search(refused)

@@ -2,7 +2,10 @@
 
 import json
 import os
+import re
 import socket
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -24,6 +27,7 @@ from gdro_llm.config import UsageError
 from gdro_llm.data import _content_hash
 from gdro_llm.integrations.trl import STATE, GDROTrainer, add_prompt_ids, ragged_advantages
 
+ROOT = Path(__file__).parents[2]
 PROMPTS = [f"{a}{op}{b}=" for a, op, b in zip("12345678", "+*-%+*-%", "98765432", strict=True)]
 os.environ["CI"] = "true"  # TRL sends no telemetry then
 
@@ -376,6 +380,46 @@ def test_what_cannot_work_is_refused_before_anything_is_loaded(message, tmp_path
         changes.pop("kind")("no/model", None, GRPOConfig(**config), changes.pop("dataset", data()), **changes)
 
 
+LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_weighting_an_advantage_is_weighting_the_rows_loss(tiny_model, tmp_path, loss):
+    """In TRL's own code, away from the old policy, where clips and masks act: loss(w A) = sum_r w_r loss_r(A_r)."""
+    kept = []
+
+    class Keep(Plain):
+        def _compute_loss(self, model, inputs):
+            kept.append(inputs)
+            return super()._compute_loss(model, inputs)
+
+    level = "sequence" if loss == "luspo" else "token"
+    settings = {"max_steps": 1, "loss_type": loss, "importance_sampling_level": level}
+    settings |= {"off_policy_mask_threshold": 0.1, "per_device_train_batch_size": 8}
+    trainer = build(Keep, tiny_model, tmp_path, settings=settings)
+    trainer.train()
+    inputs = kept[0]
+    generator = torch.Generator().manual_seed(0)
+    shape = inputs["completion_mask"].shape
+    with torch.no_grad():
+        now, *_ = trainer._get_per_token_logps_and_entropies(
+            trainer.model,
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
+            shape[1],
+        )
+        old = now - 0.4 * torch.randn(shape, generator=generator)
+        advantages, weights = torch.randn(8, generator=generator), 0.1 + 3 * torch.rand(8, generator=generator)
+
+        def value(advantages_R):
+            changed = {"advantages": advantages_R, "old_per_token_logps": old}
+            return GRPOTrainer._compute_loss(trainer, trainer.model, inputs | changed)
+
+        rows = torch.stack([value(row) for row in torch.diag(advantages)])
+        assert (rows != 0).sum() > 4
+        torch.testing.assert_close(value(weights * advantages), (weights * rows).sum(), rtol=1e-5, atol=1e-6)
+
+
 def test_args_are_required():
     with pytest.raises(UsageError, match="num_generations=4, got None"):
         GDROTrainer("no/model", None, train_dataset=data(), controller=controller())
@@ -532,3 +576,39 @@ def test_only_the_rollout_game_moves_counts():
     """What the refusals rely on: n_bar is the rollout game's where there is one."""
     assert RolloutGDRO(2, 4, 2, 8).mean_rollouts == controller().rollout.mean_rollouts == 4
     assert GDROController.uniform(4).state_dict()["mean_rollouts"] == 4
+
+
+def test_example_runs_as_it_stands(tmp_path):
+    """Its log: prompts move to other numbers of rollouts, and the tiny Qwen3 learns."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    script = [sys.executable, "-W", "default", str(ROOT / "examples" / "trl_gdro.py")]
+    done = subprocess.run(script, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    saved = tmp_path / "runs" / "trl" / "checkpoint-30"
+    log = [row for row in json.loads((saved / "trainer_state.json").read_text())["log_history"] if "reward" in row]
+    assert len(log) == 6
+    assert log[-1]["gdro/reward"] > log[0]["gdro/reward"]
+    assert len({value for key, value in log[-1].items() if key.startswith("gdro/bin_rollouts/")}) > 1
+    assert json.loads((saved / STATE).read_text())["controller"]["step"] == 30
+
+
+def test_readme_snippet_runs(tiny_model, tmp_path):
+    (snippet,) = re.findall(r"```python\n([^`]*integrations\.trl[^`]*)```", (ROOT / "README.md").read_text())
+    args = GRPOConfig(
+        output_dir=str(tmp_path),
+        num_generations=4,
+        per_device_train_batch_size=16,
+        max_completion_length=3,
+        max_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+    )
+    names = {"model": str(tiny_model), "reward": values(0.0, 1.0), "args": args}
+    exec(snippet, names | {"dataset": Dataset.from_dict({"prompt": PROMPTS})}, made := {})
+    made["trainer"].train()
+    assert made["trainer"].controller.state_dict()["step"] == 1

@@ -28,7 +28,15 @@ from gdro_llm.integrations.verl import GDROTrainer
 
 ASSETS = Path(gdro_llm.__file__).parent / "assets" / "quickstart"
 REWARD = """
+from itertools import count
+
+places = {}
+
+
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+    if "verdicts" in extra_info:  # of the first, second, ... rollout of a prompt in a run
+        place = places.setdefault((extra_info["run"], data_source, extra_info["index"]), count())
+        return float(extra_info["verdicts"][next(place)])
     right = "1" in solution_str
     return {"score": 1.0 if right else float(ground_truth), "acc": right}
 """
@@ -93,11 +101,18 @@ class Weights:
 
 
 class OnCPU(GDROTrainer):
-    """The trainer with the stand-ins, which keeps a record of what it submits."""
+    """The trainer with the stand-ins, which keeps a record of what it submits and observes."""
 
     def __init__(self, config, rewards=None):
-        self.rewards, self.submitted = rewards, []
+        self.rewards, self.submitted, self.plans = rewards, [], []
         super().__init__(config)
+        observe = self.controller.observe
+
+        def record(plan, observation):
+            self.plans.append(plan)
+            return observe(plan, observation)
+
+        self.controller.observe = record
 
     def _setup(self):  # as PPOTrainer._setup, without worker groups and servers
         self._init_tokenizer()
@@ -115,15 +130,16 @@ class OnCPU(GDROTrainer):
         return super()._submit_batch_to_rollout(batch)
 
 
-def configuration(folder, out, *overrides, index=lambda row: {"index": row % 8}, wrong=0, often=(), once=()):
+def configuration(folder, out, *overrides, rows=None, index=lambda row: {"index": row % 8}, wrong=0, often=(), once=()):
     """verl's configuration of a run on 16 prompts from two sources, 4 a batch.
 
     Args:
+        rows: other data.
         index: what extra_info holds of a row.
         wrong: reward of a wrong answer.
         often, once: rows of prompts that begin so that the server fails.
     """
-    rows = [
+    rows = rows or [
         {
             "data_source": "easy" if row < 8 else "hard",
             "prompt": [

@@ -1,36 +1,30 @@
 """One Ray, TransferQueue and set of agent loop workers for all tests of the adapter for verl."""
 
-import importlib.util
 import json
-import os
+import shutil
 from pathlib import Path
 
 import pytest
-
-if importlib.util.find_spec("transfer_queue") is None:
-    collect_ignore = ["test_verl.py"]  # `make test-verl` runs it, in an environment of its own
-else:
-    os.environ |= {"TRANSFER_QUEUE_ENABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    import ray
-    import transfer_queue as tq
-    from omegaconf import OmegaConf
-    from on_cpu import ASSETS, REWARD, OnCPU, Server, configuration
-    from transformers import AutoTokenizer
-    from verl.experimental.reward_loop import RewardLoopManager
-    from verl.trainer.ppo.v1 import AgentLoopManagerTQ
-    from verl.workers.rollout.llm_server import GlobalRequestLoadBalancer, LLMServerClient
+import ray
+import transfer_queue as tq
+from omegaconf import OmegaConf
+from on_cpu import ASSETS, REWARD, OnCPU, Server, configuration
+from transformers import AutoTokenizer
+from verl.experimental.reward_loop import RewardLoopManager
+from verl.trainer.ppo.v1 import AgentLoopManagerTQ
+from verl.workers.rollout.llm_server import GlobalRequestLoadBalancer, LLMServerClient
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """A tokenizer as verl needs it for Qwen3 (a chat template, an end of turn) and a reward function."""
+    """The tiny Qwen3 with a tokenizer as verl needs it (a chat template, an end of turn) and a reward function."""
     folder = tmp_path_factory.mktemp("verl")
     tokenizer = AutoTokenizer.from_pretrained(ASSETS)
     tokenizer.add_tokens(["\n", "<|im_end|>"], special_tokens=True)
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     tokenizer.save_pretrained(folder / "model")
-    for name in ("config.json", "generation_config.json"):
-        (folder / "model" / name).write_text((ASSETS / name).read_text())
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        shutil.copy(ASSETS / name, folder / "model")
     (folder / "reward.py").write_text(REWARD)
     return folder
 

@@ -1,0 +1,232 @@
+"""The report says what the results files say, and every link, name and citation of the documents resolves."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import re
+import runpy
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from gdro_core import allocation_marginals
+from simulations import harness
+
+ROOT = Path(__file__).resolve().parent.parent
+PAPER = ROOT / "paper"
+FILL = runpy.run_path(str(PAPER / "fill.py"))
+filled, NUMBER = FILL["filled"], FILL["NUMBER"]
+REPORT = (PAPER / "README.md").read_text(encoding="utf-8")
+CLAIMS = (PAPER / "claims.md").read_text(encoding="utf-8")
+RESULTS = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (PAPER / "results").glob("*.json")}
+DOCUMENTS = sorted(
+    path
+    for path in ROOT.rglob("*.md")
+    if not any(part.startswith(".") or part in ("runs", "build", "dist") for part in path.relative_to(ROOT).parts)
+)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def without_code(text: str) -> str:
+    """Fences and code spans hold no links and no mathematics of the text."""
+    return re.sub(r"`[^`\n]*`", "`code`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+
+
+def anchors(text: str) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(text: str, folder: Path) -> list[str]:
+    """Relative links of a Markdown text in `folder` whose file, or whose anchor, does not exist."""
+    found = []
+    for link in LINK.findall(without_code(text)):
+        name, _, anchor = link.partition("#")
+        path = folder / name
+        if re.match(r"[a-z]+:", link):
+            continue
+        if not path.exists() or (anchor and anchor not in anchors(path.read_text(encoding="utf-8") if name else text)):
+            found.append(link)
+    return found
+
+
+def defined(path: Path) -> set[str]:
+    """Functions and classes at the top of a Python file."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_numbers_are_those_of_the_results_files(path):
+    """`make paper` would change nothing."""
+    text = path.read_text(encoding="utf-8")
+    assert filled(text, path.parent) == text
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_relative_links_lead_somewhere(path):
+    """Files exist, and headings for anchors."""
+    assert broken_links(path.read_text(encoding="utf-8"), path.parent) == []
+
+
+def test_a_dead_link_or_anchor_is_found():
+    """What the test above would miss, it would miss for ever."""
+    text = "# A head: $x$\n[a](#a-head-x) [b](fill.py) [c](proofs.md#joint-play) `[d](none)` [w](https://none)"
+    assert broken_links(text, PAPER) == []
+    assert broken_links("[a](#a) [b](fil.py) [c](proofs.md#joint)", PAPER) == ["#a", "fil.py", "proofs.md#joint"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A results file with a verdict, nested numbers and a claim that fails."""
+    content = {
+        "verdict": "a: slope -0.52 [-0.53, -0.51]; b: slope 1e-09, 23% of x",
+        "gain": [{"mean": 1234.5}],
+        "ok": False,
+    }
+    (tmp_path / "r.json").write_text(json.dumps(content))
+    (tmp_path / "t.md").write_text("## A\n| uniform | 1.5 (-0.25 [-0.5, 0.0]) |")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("7<!-- r.json verdict/a: slope -->", "−0.52 [−0.53, −0.51]"),
+        ("7 [1, 2]<!-- r.json verdict/a: slope as +.1f*10 -->", "−5.2 [−5.3, −5.1]"),
+        ("**7<!-- r.json verdict/a: … slope as .1f -->**", "−0.5 [−0.5, −0.5]"),
+        ("−7e−3<!-- r.json verdict/b: slope -->", "1e−09"),
+        ("7<!-- r.json verdict/b: … , -->", "23%"),
+        ("7<!-- r.json verdict/b: … , as .2f -->", "0.23"),
+        ("1,000<!-- r.json gain/0/mean as ,.0f -->", "1,234"),
+        ("7<!-- r.json gain/0/mean -->", "1234.5"),
+        ("yes<!-- r.json ok -->", "no"),
+        ("7<!-- t.md ## A … uniform … ( -->", "−0.25 [−0.5, 0.0]"),
+    ],
+)
+def test_a_number_is_rewritten(folder, before, after):
+    """From paths and phrases, with formats; once more changes nothing."""
+    text = filled(before, folder)
+    assert re.sub(r"<!--.*?-->|\*", "", text) == after
+    assert filled(text, folder) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("7<!-- s.json gain -->", "s.json does not exist"),
+        ("7<!-- r.json loss -->", "no key 'loss'"),
+        ("7<!-- r.json gain/1/mean -->", "no key '1'"),
+        ("7<!-- r.json gain -->", "no number at"),
+        ("7<!-- r.json verdict -->", "no number at"),
+        ("7<!-- r.json verdict/c: slope -->", "'c: slope' stands 0 times"),
+        ("7<!-- r.json verdict/slope -->", "'slope' stands 2 times"),
+        ("7<!-- r.json verdict/a: … b … c -->", "'c' does not stand where"),
+        ("7<!-- r.json verdict/a: … b -->", "no number follows"),
+        ("seven<!-- r.json ok -->", "no number stands before"),
+        ("7 <!-- r.json ok -->", "no number stands before"),
+    ],
+)
+def test_a_wrong_source_is_refused(folder, text, message):
+    """Missing files, keys and phrases, and comments without a number."""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        filled(text, folder)
+
+
+def test_every_interval_has_a_source():
+    """A measured number of the report does not stand there by hand."""
+    bare = re.findall(rf"{NUMBER} \[{NUMBER}, {NUMBER}\](?!<!--)", without_code(REPORT))
+    assert bare == []
+
+
+@pytest.mark.parametrize("name", harness.names())
+def test_results_are_of_the_present_claims_at_full_size(name):
+    """Claim, source, columns and seeds are those of the code."""
+    module, found = harness.load(name), RESULTS[name]
+    assert (found["claim"], found["source"], found["columns"]) == (module.CLAIM, module.SOURCE, module.COLUMNS)
+    assert (found["seeds"], found["quick"]) == (module.SEEDS, False)
+
+
+def test_the_count_of_failed_claims_is_right():
+    """Those that fail are named in the report, and counted."""
+    simulated = {name: found["holds"] for name, found in RESULTS.items() if name in harness.names()}
+    failed = {name for name, holds in simulated.items() if not holds}
+    assert f"{len(failed)} of {len(simulated)} claims" in REPORT
+    assert set(re.findall(r"\(`(\w+)`\) \| holds: no<", REPORT)) == failed
+
+
+def test_claims_name_code_that_exists():
+    """Each `name` behind a Python file of the packages is defined there, and its module imports."""
+    found = re.findall(r"\[`(\w+)`\]\(\.\./((?:gdro_core|simulations)/\w+)\.py\)", CLAIMS)
+    assert len(found) > 40
+    assert [(name, module) for name, module in found if name not in defined(ROOT / f"{module}.py")] == []
+    assert all(hasattr(importlib.import_module(module.replace("/", ".")), name) for name, module in found)
+
+
+def test_claims_name_tests_that_exist():
+    """Each test is a function of the file behind it."""
+    found = re.findall(r"\[`(test_\w+)`\]\(\.\./(tests/\S+?\.py)\)", CLAIMS)
+    assert len(found) > 60
+    assert [(name, file) for name, file in found if name not in defined(ROOT / file)] == []
+
+
+def test_every_experiment_theorem_and_flaw_is_claimed():
+    """The table is complete; rows link what they name."""
+    named = re.findall(
+        r"\[`(\w+)`\]\(\.\./simulations/experiments/(\w+)\.py\): (?:yes|no)<!-- results/(\w+)\.json", CLAIMS
+    )
+    assert all(len(set(names)) == 1 for names in named)
+    assert {names[0] for names in named} == set(harness.names())
+    proved = re.findall(r"\[([TF]\d+)\]\(proofs\.md#([tf]\d+)-", CLAIMS)
+    assert all(name.lower() == anchor for name, anchor in proved)
+    assert {name for name, _ in proved} == {f"T{k}" for k in range(1, 15)} | {f"F{k}" for k in range(1, 11)}
+
+
+@pytest.mark.parametrize("name", ["README.md", "proofs.md", "claims.md"])
+def test_mathematics_renders_on_github(name):
+    """Inline formulas end on their line and hold nothing that Markdown takes first; none stands in a heading."""
+    text = re.sub(r"<!--.*?-->", "", without_code((PAPER / name).read_text(encoding="utf-8")))
+    for line in text.splitlines():
+        assert line.count("$") % 2 == 0, line
+        assert not (line.startswith("#") and "$" in line), line
+        for formula in line.split("$")[1::2]:
+            assert not re.search(r"\\[^A-Za-z]|[*<|]|\]\(|^\s|\s$|operatorname", formula), line
+
+
+def test_the_examples_of_f5():
+    """Mean counts under the uniform law over feasible allocations, as the text quotes them."""
+    text = (PAPER / "proofs.md").read_text(encoding="utf-8")
+    for sizes in ([5, 5, 5, 5, 80], [1, 20, 20, 20, 39]):
+        law = allocation_marginals(np.zeros((5, 11)), sizes, 4 * sum(sizes), min_rollouts=2)
+        small, *_, large = law @ np.arange(2, 13)
+        if sizes[0] == 5:
+            assert f"{small:.2f} for the small ones and {large:.2f} for the large one" in " ".join(text.split())
+        else:
+            assert small == pytest.approx(large)
+
+
+def test_figures_are_shown_and_small():
+    """Every picture in figures/ is in the report, below 100 kB."""
+    shown = set(re.findall(r"\(figures/([\w.-]+\.png)\)", REPORT))
+    found = {path.name: path.stat().st_size for path in (PAPER / "figures").iterdir()}
+    assert set(found) == shown
+    assert max(found.values()) < 100_000
+
+
+def test_citation_has_what_the_format_demands():
+    """CFF 1.2.0: mandatory fields, the present version and licence, and the paper's five authors."""
+    found = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert found["cff-version"] == "1.2.0"
+    assert all(found[field] for field in ("message", "title", "authors"))
+    assert (found["version"], found["license"]) == (project["version"], project["license"])
+    paper = found["references"][0]
+    assert {author["family-names"] for author in paper["authors"]} == {"Panaganti", "Liang", "Yu", "Mi"}
+    assert paper["url"].endswith("/2601.19280")
+    assert all(reference["type"] and reference["title"] and reference["authors"] for reference in found["references"])
