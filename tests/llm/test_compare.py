@@ -265,7 +265,7 @@ def test_rollouts_to_a_level(heights, level, every):
 def write_run(folder: Path, *, exact: bool, rng: np.random.Generator) -> dict:
     """Files of a made-up run; what they are made of."""
     folder.mkdir()
-    tests = {when: rng.random(23).round(3) if exact else rng.integers(0, 5, 23) for when in ("start", "last", "best")}
+    tests = {when: rng.random(23).round(3) if exact else rng.integers(1, 5, 23) for when in ("start", "last", "best")}
     rows = [
         {"step": s, "rollouts": 10 * s, "split": "validation", "mean@4": 0.1 + s / 10, "pass@4": 0.5 + s**2 / 100}
         for s in (0, 2, 3)

@@ -115,6 +115,23 @@ def test_a_killed_run_goes_on_with_the_same_best_weights(config, tmp_path, sabot
     assert {path.name for path in (tmp_path / "killed").glob(".*")} == {".lock"}
 
 
+def test_best_weights_of_before_a_kill_stay_the_best(config, tmp_path, monkeypatch):
+    """The checkpoint remembers how good they were: lower rates after it do not replace them."""
+    measured = trainer.Run._evaluate
+
+    def praised(self, split, place):
+        found = measured(self, split, place)
+        return 2.0 if split == "validation" and place["step"] == 1 else found
+
+    monkeypatch.setattr(trainer.Run, "_evaluate", praised)
+    train(config, tmp_path / "whole")
+    assert fork_and_die(config, tmp_path / "killed", lambda: die_at(trainer, "append", 12)) == signal.SIGKILL
+    assert (tmp_path / "killed" / "checkpoint-000002").is_dir()
+    train(config, tmp_path / "killed", resume=True)
+    assert rows_of(tmp_path / "killed")[1]["best"]["step"] == 1
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
 def test_a_disk_that_does_not_take_the_best_weights_is_named(config, tmp_path, monkeypatch):
     """One line, and the part is removed; whatever else goes wrong there is raised as it is."""
 
