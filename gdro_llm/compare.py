@@ -6,7 +6,7 @@
    and for those that were best in validation pass@k.
 3. An interval is a bootstrap over warm starts and over the seeds of each, of paired differences. Few seeds make it too
    short: a difference counts as evidence only if the interval and an exact sign test agree. The test takes seeds for
-   independent. With 8 seeds over 4 warm starts the rule errs in 2 to 6 % of simulated nulls while the effects of warm
+   independent. With 8 seeds over 4 warm starts the rule errs in at most 6 % of simulated nulls while effects of warm
    starts spread up to twice as much as those of seeds, and in 1 of 10 in the limit; as many warm starts as seeds are
    better (`test_under_the_null_evidence_is_rare`).
 4. Everything is computed from the run directories; a run that is complete is never run again.
