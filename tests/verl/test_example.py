@@ -102,8 +102,9 @@ def test_example_trains(run, folder):
     assert [step["training/global_step"] for step in steps] == list(range(1, STEPS + 1))
     for step in steps:
         assert (step["gdro/rollouts"], step["gdro/missing_rollouts"]) == (8 * 8, 0)
-        assert step["actor/grad_norm"] > 0
+        assert (step["actor/grad_norm"] > 0) == (step["gdro/mixed_share"] > 0)  # late in a run all may be right
         assert step["training/rollout_probs_diff_mean"] < 0.01  # bfloat16 there, float32 here
+    assert steps[0]["actor/grad_norm"] > 0
     counts = {value for step in steps for key, value in step.items() if key.startswith("gdro/bin_rollouts/")}
     assert len(counts) > 1
     assert any("val-core/cells/acc/mean@1" in row["data"] for row in rows)
