@@ -11,6 +11,19 @@ text once, right before the number, which is taken with the interval that follow
 "two" after the only "one". `as FORMAT` is a Python format, with *FACTOR at the end if the unit changes; without it a
 number is written as in the file. True and false are written yes and no.
 
+A table's numbers come from the comment before it and from one behind the name of each row:
+
+    <!-- table +.1f
+    results/a.json methods/*/pass@8
+    results/a.json against/*/mean@8 -->
+    | | pass@8 | mean@8 |
+    |---|---:|---:|
+    | joint play<!-- joint --> | +9.1 [+4.0, +14.4] | +7.3 [+5.2, +9.3] |
+
+Lines of the comment are the columns: a file and a key, where * is the name in the row's comment. A key leads to a
+number, or to an object with `value`, `difference`, `mean` or `median` and, for an interval, `low` and `high`. A cell is
+empty if the file lacks the name. The format is the table's or, after `as`, a column's own; a mean has no sign.
+
     python paper/fill.py fill FILE.md ...    rewrite the numbers that differ
     python paper/fill.py collect FOLDER      copy what `python -m simulations` or `gdro compare` (in folders below) and
                                              `gdro signal` wrote there to results/ and figures/
@@ -33,6 +46,9 @@ NUMBER = r"[+\-−]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+\-−]?\d+)?%?"
 VALUE = rf"{NUMBER}(?: \[{NUMBER}, {NUMBER}\])?|yes|no"
 SOURCE = r"<!-- (?P<file>\S+\.(?:json|md)) (?P<key>.+?)(?: as (?P<format>\S+))? -->"
 SLOT = re.compile(rf"(?P<value>{VALUE}){SOURCE}")
+TABLE = re.compile(r"<!-- table (?P<format>\S+)\n(?P<columns>[^>]*?) ?-->\n(?P<rows>(?:\|.*\n)+)")
+COLUMN = re.compile(r"(\S+) (\S.*?)(?: as (\S+))?")
+ROW = re.compile(r"(?P<label>\|[^|]*<!-- (?P<name>[^|]+?) --> \|).*")
 
 
 def filled(text: str, folder: Path) -> str:
@@ -45,16 +61,62 @@ def filled(text: str, folder: Path) -> str:
     for comment in re.finditer(r"<!-- \S+\.(?:json|md)\b.*?-->", text):
         if comment.end() not in slots:
             raise ValueError(f"no number stands before {comment.group()}, or it is no FILE KEY as FORMAT")
-    return SLOT.sub(lambda slot: written(slot, folder) + slot.group()[len(slot["value"]) :], text)
+    if len(TABLE.findall(text)) < text.count("<!-- table "):
+        raise ValueError("no table stands behind a comment that begins one, or it has no format and columns")
+    text = SLOT.sub(lambda slot: written(slot, folder) + slot.group()[len(slot["value"]) :], text)
+    return TABLE.sub(lambda table: with_rows(table, folder), text)
+
+
+def with_rows(table: re.Match[str], folder: Path) -> str:
+    """The comment and the table, with the numbers of its rows as the results files have them."""
+    columns = []
+    for line in table["columns"].splitlines():
+        column = COLUMN.fullmatch(line)
+        if column is None or "*" not in column[2].split("/"):
+            raise ValueError(f"a column of a table is no FILE KEY as FORMAT, with a * in KEY: {line!r}")
+        columns.append((column[1], column[2], column[3] or table["format"]))
+    head, rule, *rows = table["rows"].splitlines()
+    done = []
+    for row in rows:
+        found = ROW.fullmatch(row)
+        if found is None:
+            raise ValueError(f"no name stands in a comment in the first cell of {row!r}")
+        cells = [cell(folder, file, key, found["name"], form) for file, key, form in columns]
+        if not any(cells):
+            raise ValueError(f"no file has {found['name']!r} of {row!r}")
+        done.append(" ".join([found["label"], *(f"{cell} |" for cell in cells)]))
+    return table.group()[: -len(table["rows"])] + "\n".join([head, rule, *done]) + "\n"
+
+
+def cell(folder: Path, file: str, key: str, name: str, form: str) -> str:
+    """A number, with its interval if it has one, of a row of a table; empty if the file has no such name."""
+    found = json.loads(contents(folder, file, key))
+    for part in key.split("/"):
+        if part == "*" and name not in found:
+            return ""
+        part = name if part == "*" else part
+        if not isinstance(found, dict) or part not in found:
+            raise ValueError(f"no key {part!r} in {file} {key} of {name!r}")
+        found = found[part]
+    if isinstance(found, dict):
+        kind = next(kind for kind in ("value", "difference", "mean", "median") if kind in found)
+        form = form.removeprefix("+") if kind in ("mean", "median") else form
+        interval = f" [{found['low']:{form}}, {found['high']:{form}}]" if "low" in found else ""
+        return f"{found[kind]:{form}}{interval}".replace("-", "−")
+    return f"{found:{form}}".replace("-", "−")
+
+
+def contents(folder: Path, file: str, place: str) -> str:
+    """Of a results file."""
+    if not (folder / file).is_file():
+        raise ValueError(f"{file} does not exist: {place}")
+    return (folder / file).read_text(encoding="utf-8")
 
 
 def written(slot: re.Match[str], folder: Path) -> str:
     """What the results file says, as it is to be written."""
-    path = folder / slot["file"]
-    if not path.is_file():
-        raise ValueError(f"{slot['file']} does not exist: {slot.group()}")
-    content = path.read_text(encoding="utf-8")
-    value = looked_up(json.loads(content) if path.suffix == ".json" else content, slot["key"], slot.group())
+    content = contents(folder, slot["file"], slot.group())
+    value = looked_up(json.loads(content) if slot["file"].endswith("json") else content, slot["key"], slot.group())
     if isinstance(value, bool):
         return "yes" if value else "no"
     spec, _, factor = (slot["format"] or "").partition("*")
@@ -111,8 +173,8 @@ def fill(files: list[Path]) -> None:
     for file in files:
         before = file.read_text(encoding="utf-8")
         after = filled(before, file.parent)
-        changed = sum(a != b for a, b in zip(SLOT.findall(before), SLOT.findall(after), strict=True))
-        print(f"{file}: {len(SLOT.findall(after))} numbers, {changed} rewritten")
+        changed = sum(a != b for a, b in zip(before.splitlines(), after.splitlines(), strict=True))
+        print(f"{file}: {changed} lines rewritten")
         if changed:
             file.write_text(after, encoding="utf-8")
 

@@ -20,7 +20,7 @@ from simulations import harness
 ROOT = Path(__file__).resolve().parent.parent
 PAPER = ROOT / "paper"
 FILL = runpy.run_path(str(PAPER / "fill.py"))
-filled, NUMBER = FILL["filled"], FILL["NUMBER"]
+filled, NUMBER, TABLE = FILL["filled"], FILL["NUMBER"], FILL["TABLE"]
 REPORT = (PAPER / "README.md").read_text(encoding="utf-8")
 CLAIMS = (PAPER / "claims.md").read_text(encoding="utf-8")
 RESULTS = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (PAPER / "results").glob("*.json")}
@@ -139,9 +139,50 @@ def test_a_wrong_source_is_refused(folder, text, message):
         filled(text, folder)
 
 
+@pytest.fixture
+def compared(tmp_path):
+    """Two results files with rows; the second has one of them."""
+    base = {"mean": 70.62, "median": 1.0}
+    joint = {"mean": 79.7, "difference": 9.06, "low": -3.95, "high": 14.36}
+    (tmp_path / "a.json").write_text(json.dumps({"methods": {"grpo": {"p 8": base}, "joint+x=1": {"p 8": joint}}}))
+    (tmp_path / "b.json").write_text(json.dumps({"joint+x=1": {"SNR": {"value": 0.07, "low": 0.01, "high": 0.1}}}))
+    return tmp_path
+
+
+ROWS = "| | p | q |\n|---|---|---|\n| GRPO<!-- grpo --> | 1 | 2 |\n| [j](k)<!-- joint+x=1 --> | |\n"
+
+
+def test_a_table_is_filled(compared):
+    """Differences with their interval, means without a sign, a column's own format, an empty cell for a missing row."""
+    head = "<!-- table +.1f\na.json methods/*/p 8\nb.json */SNR as .2f -->\n"
+    text = filled(f"text\n\n{head}{ROWS}\nmore", compared)
+    rows = ROWS.replace("| 1 | 2 |", "| 70.6 |  |").replace("| |\n", "| +9.1 [−4.0, +14.4] | 0.07 [0.01, 0.10] |\n")
+    assert text == f"text\n\n{head}{rows}\nmore"
+    assert filled(text, compared) == text
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("a.json", "c.json", "c.json does not exist"),
+        ("/p 8", "/p 9", "no key 'p 9'"),
+        ("/*/", "/grpo/", "no FILE KEY as FORMAT, with a * in KEY"),
+        (" -->\n| |", " -->\n\n| |", "no table stands behind"),
+        ("<!-- grpo -->", "", "no name stands in a comment in the first cell"),
+        ("<!-- grpo -->", "<!-- gpro -->", "no file has 'gpro'"),
+    ],
+)
+def test_a_wrong_table_is_refused(compared, before, after, message):
+    """Missing files, keys, stars, and rows that nobody knows."""
+    text = f"<!-- table +.1f\na.json methods/*/p 8 -->\n{ROWS}"
+    assert before in text
+    with pytest.raises(ValueError, match=re.escape(message)):
+        filled(text.replace(before, after), compared)
+
+
 def test_every_interval_has_a_source():
     """A measured number of the report does not stand there by hand."""
-    bare = re.findall(rf"{NUMBER} \[{NUMBER}, {NUMBER}\](?!<!--)", without_code(REPORT))
+    bare = re.findall(rf"{NUMBER} \[{NUMBER}, {NUMBER}\](?!<!--)", TABLE.sub("", without_code(REPORT)))
     assert bare == []
 
 
