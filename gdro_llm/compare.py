@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from gdro_llm.checkpoint import write_file
 from gdro_llm.config import CONTROLLERS, RESUMABLE, Config, UsageError
-from gdro_llm.data import EMBEDDED
+from gdro_llm.data import CELL_SETS
 from gdro_llm.report import COLOURS, MARKERS, STYLE
 from gdro_llm.stopping import Stopped, StopRequest, stop_requests
 
@@ -520,7 +520,7 @@ def compare_preset(
     from gdro_llm.config import load_preset
 
     settings = {**load_preset(preset), **overrides}
-    if settings.get("data", "cells") in EMBEDDED[:2]:
+    if settings.get("data", "cells") in CELL_SETS:
         settings = {"validation_problems": 500, "eval_exact": True, "eval_every": 10, **settings}
     config = Config(**{"validation_problems": 200, **settings, "save_every": settings.get("save_every", 40)})
     if not config.validation_problems:

@@ -103,7 +103,7 @@ class Config:
     threads: int = option(0, "model", "CPU threads of torch; 0 takes its default, 1 is fastest for tiny models")
 
     data: str = option(
-        "cells", "data", '"cells", "cells-shared", "ladder" (arithmetic), data set name, .jsonl or .parquet'
+        "cells", "data", '"cells", "cells-shared|-light|-heavy", "ladder" (arithmetic); name of a set, .jsonl, .parquet'
     )
     test_data: str = option("", "data", "held-out sets, names or files, separated by commas (not for embedded data)")
     prompt_style: str = option(

@@ -38,7 +38,8 @@ class Problem:
     accepted: tuple[str, ...] = ()  # where finite: every completion graded correct, so that pass rates are exact
 
 
-EMBEDDED = ("cells", "cells-shared", "ladder")
+CELL_SETS = ("cells", "cells-shared", "cells-light", "cells-heavy")
+EMBEDDED = (*CELL_SETS, "ladder")
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def hold_out(train: list[Problem], config: Config) -> tuple[list[Problem], list[
     wanted = config.validation_problems
     if not wanted:
         return train, []
-    if config.data in EMBEDDED[:2]:
+    if config.data in CELL_SETS:
         found = _embedded(config.data, "validation")
         return train, [found[i] for i in _some(len(found), min(wanted, len(found)))]
     if wanted > len(train) - config.batch_size:
@@ -307,15 +308,17 @@ def _value(row: Row, column: str | Callable[[Row], str]) -> str:
 
 
 def _embedded(name: str, split: str) -> list[Problem]:
-    from gdro_llm.cells import TESTBEDS, cell_problems  # here, because they import Problem from this module
+    # here, because they import Problem from this module
+    from gdro_llm.cells import CELLS, TAILS, TESTBEDS, cell_problems
     from gdro_llm.ladder import ladder_problems
 
     if name == "ladder":
         return ladder_problems(split)
+    cells = TESTBEDS.get(name, CELLS)
     if split == "train":
-        return cell_problems("train", {"easy": 100, "middle": 60, "hard": 25}, 7, TESTBEDS[name])
+        return cell_problems("train", {"easy": 100, "middle": 60, "hard": TAILS.get(name, TAILS["cells"])}, 7, cells)
     per_level = dict.fromkeys(("easy", "middle", "hard"), 40 if split == "test" else 20)
-    return cell_problems("test" if split == "test" else "validation", per_level, 8, TESTBEDS[name])
+    return cell_problems("test" if split == "test" else "validation", per_level, 8, cells)
 
 
 def _without(train: list[Problem], test: list[Problem], name: str) -> list[Problem]:

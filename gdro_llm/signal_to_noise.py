@@ -58,7 +58,7 @@ def measure(config: Config, methods: Sequence[Method], warm_up: int, batches: in
         raise UsageError(f"batches must be at least 2 for an interval, got {batches}")
     train, _ = load_problems(config)
     if not has_exact_rates(train, config):
-        raise UsageError("gdro signal needs exact success probabilities: data 'cells' or 'cells-shared'")
+        raise UsageError("gdro signal needs exact success probabilities: data of cells")
     policy = load_policy(config)
     wanted = {"mean@1": 1, f"pass@{config.eval_samples}": config.eval_samples}
     rates = exact_rates(policy, train, config)

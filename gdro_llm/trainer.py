@@ -196,9 +196,7 @@ class Run:
         """Refuse `eval_exact` before anything is loaded, where success probabilities cannot be computed."""
         config = self.config
         if config.eval_exact and not has_exact_rates([*self.validation_problems, *self.test_problems], config):
-            raise UsageError(
-                "eval_exact needs data 'cells' or 'cells-shared', grader 'exact', no stop, and plain samples"
-            )
+            raise UsageError("eval_exact needs data of cells, grader 'exact', no stop, and plain samples")
         if config.refill and self.workers.size > 1:
             raise UsageError("refill works in one process only")
 

@@ -20,9 +20,9 @@ A table's numbers come from the comment before it and from one behind the name o
     |---|---:|---:|
     | joint play<!-- joint --> | +9.1 [+4.0, +14.4] | +7.3 [+5.2, +9.3] |
 
-Lines of the comment are the columns: a file and a key, where * is the name in the row's comment. A key leads to a
+Lines of the comment are the columns: a file and a key, where * is the text in the row's comment. A key leads to a
 number, or to an object with `value`, `difference`, `mean` or `median` and, for an interval, `low` and `high`. A cell is
-empty if the file lacks the name. The format is the table's or, after `as`, a column's own; a mean has no sign.
+empty if the file lacks a key that has *. The format is the table's or, after `as`, a column's own; a mean has no sign.
 
     python paper/fill.py fill FILE.md ...    rewrite the numbers that differ
     python paper/fill.py collect FOLDER      copy what `python -m simulations` or `gdro compare` (in folders below) and
@@ -72,7 +72,7 @@ def with_rows(table: re.Match[str], folder: Path) -> str:
     columns = []
     for line in table["columns"].splitlines():
         column = COLUMN.fullmatch(line)
-        if column is None or "*" not in column[2].split("/"):
+        if column is None or "*" not in column[2]:
             raise ValueError(f"a column of a table is no FILE KEY as FORMAT, with a * in KEY: {line!r}")
         columns.append((column[1], column[2], column[3] or table["format"]))
     head, rule, *rows = table["rows"].splitlines()
@@ -92,9 +92,9 @@ def cell(folder: Path, file: str, key: str, name: str, form: str) -> str:
     """A number, with its interval if it has one, of a row of a table; empty if the file has no such name."""
     found = json.loads(contents(folder, file, key))
     for part in key.split("/"):
-        if part == "*" and name not in found:
+        starred, part = "*" in part, part.replace("*", name)
+        if starred and part not in found:
             return ""
-        part = name if part == "*" else part
         if not isinstance(found, dict) or part not in found:
             raise ValueError(f"no key {part!r} in {file} {key} of {name!r}")
         found = found[part]

@@ -147,7 +147,7 @@ def test_a_disk_that_does_not_take_the_best_weights_is_named(config, tmp_path, m
         checkpoint.save_best(tmp_path, lambda folder: 1 / 0)
 
 
-@pytest.mark.parametrize("data", ["cells", "cells-shared", "ladder", "file"])
+@pytest.mark.parametrize("data", ["cells", "cells-shared", "cells-light", "cells-heavy", "ladder", "file"])
 def test_training_validation_and_test_problems_are_disjoint(tiny_data, data):
     """As many as asked for, the same ones whatever the seed, no prompt in two of them."""
     sets = tiny_data if data == "file" else {"data": data}
@@ -160,6 +160,17 @@ def test_training_validation_and_test_problems_are_disjoint(tiny_data, data):
     assert len(train) == len(whole) - (15 if data in ("ladder", "file") else 0)
     assert hold_out(whole, replace(config, seed=5))[1] == validation
     assert hold_out(whole, replace(config, validation_problems=0)) == (whole, [])
+
+
+def test_tails_hold_more_or_fewer_hard_problems():
+    """Of the same cells, with the same easy and middle problems, and the same test problems."""
+    sets = {name: load_problems(Config(data=name)) for name in ("cells", "cells-light", "cells-heavy")}
+    shares = {}
+    for name, (training, test) in sets.items():
+        shares[name] = round(100 * np.mean([problem.level == "hard" for problem in training]))
+        assert [p for p in training if p.level != "hard"] == [p for p in sets["cells"][0] if p.level != "hard"]
+        assert test == sets["cells"][1]
+    assert shares == {"cells": 22, "cells-light": 40, "cells-heavy": 10}
 
 
 def test_too_many_validation_problems_are_refused(tiny_data):
@@ -177,7 +188,7 @@ def test_too_many_validation_problems_are_refused(tiny_data):
 def test_exact_evaluation_is_refused_where_probabilities_are_not_known(run_config, tmp_path):
     """Before anything is written; and where evaluation does not sample from the whole distribution."""
     for wrong in ({}, {"model": "embedded", "data": "cells", "test_data": "", "eval_top_k": 5}):
-        with pytest.raises(UsageError, match="eval_exact needs data 'cells' or 'cells-shared'"):
+        with pytest.raises(UsageError, match="eval_exact needs data of cells"):
             train(run_config(eval_exact=True, **wrong), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
