@@ -56,15 +56,17 @@ compare-quick: install  ## the mechanics of `compare`, in a few minutes
 
 # Eight seeds over four warm starts of each testbed. SIZES="0.9M 3M 12M" adds larger models.
 SIZES ?= 0.9M
-METHODS := grpo,joint,null,prompt,rollout,joint+preserve_objective=true,dr-grpo,dapo,mopps,joint+adversary=chi-square,$\
-joint+aggregation=rollout,rollout+utility=hit,rollout+utility=hit+preserve_objective=true,implicit-rollout+utility=hit,$\
-published-prompt,published-rollout
+METHODS := grpo,joint,null,prompt,rollout
+MORE := implicit,joint+aggregation=prompt,joint+aggregation=prompt+preserve_objective=true,joint+adversary=chi-square,$\
+rollout+aggregation=prompt,rollout+utility=hit,rollout+utility=hit+aggregation=prompt+preserve_objective=true,$\
+implicit-rollout+utility=hit,dr-grpo,dapo,mopps,published-prompt,published-rollout
 compare: install  ## does it work? methods x seeds x testbeds (hours; resumes)
 	@for t in cells cells-shared; do for z in $(SIZES); do \
 	  starts=; for s in 1 2 3 4; do \
 	    d=runs/warm/$$t-$$z-$$s; starts=$$starts,$$d; \
 	    [ -e $$d/model.safetensors ] || $(BIN)/gdro warm-start $$t --size $$z --seed $$s --out $$d || exit 1; done; \
-	  $(BIN)/gdro compare quickstart --data $$t --models $${starts#,} --methods $(METHODS) --out runs/compare/$$t-$$z \
+	  methods=$(METHODS); [ $$t-$$z != cells-0.9M ] || methods=$$methods,$(MORE); \
+	  $(BIN)/gdro compare quickstart --data $$t --models $${starts#,} --methods $$methods --out runs/compare/$$t-$$z \
 	    || exit 1; done; done
 	$(BIN)/gdro train quickstart --controller grpo --steps 40 --out runs/signal-policy --resume
 	$(BIN)/gdro signal quickstart --model runs/signal-policy/checkpoint-000040 --out runs/compare/step-40
@@ -84,13 +86,16 @@ robustness: install  ## joint play against GRPO under other conditions (an hour 
 	  $$compare --data cells-$$t --methods grpo,joint --out runs/compare/robustness-$$t || exit 1; done; \
 	$$compare --steps 160 --methods grpo,joint --out runs/compare/robustness-long
 
-# Settings for plain GRPO, on validation problems of seeds that nothing else uses.
+# Settings for plain GRPO, and with fewer runs for joint play, on validation problems of seeds that nothing else uses.
 TUNED := grpo+learning_rate=1.5e-4+minibatches=4
-tune: install  ## the baseline's settings, tuned (half an hour; resumes)
+tune: install  ## the settings, tuned (an hour; resumes)
 	@grid=; for r in 1.5e-4 3e-4 6e-4 1e-3; do for m in 1 2 4; do grid=$$grid,grpo+learning_rate=$$r+minibatches=$$m; done; done; \
 	for s in mean_rollouts=8+batch_size=64 mean_rollouts=2+batch_size=256 clip_high=0.6+clip_low=0.4 \
 	  clip_high=0.2+clip_low=0.1 grad_clip=0.3; do grid=$$grid,$(TUNED)+$$s; done; \
 	$(BIN)/gdro compare quickstart --methods $${grid#,} --seed 100 --seeds 2 --eval-every 20 --out runs/compare/tune-grpo
+	@grid=joint,joint+adversary_step=4,joint+adversary=chi-square; for s in joint joint+adversary_step=4 \
+	  joint+adversary_step=8 joint+adversary=chi-square joint+utility=hit; do grid=$$grid,$$s+aggregation=prompt; done; \
+	$(BIN)/gdro compare quickstart --methods $$grid --seed 100 --seeds 4 --eval-every 20 --out runs/compare/tune-joint
 
 bench: install  ## speed and memory of gdro_core and of the training loop (and of TRL's, after `make bench-trl`)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/bench_core.py tests/bench_loop.py --benchmark-columns=median,min,rounds --benchmark-sort=name --benchmark-disable-gc

@@ -53,6 +53,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "dr-grpo": {"controller": "grpo", "loss": "dr_grpo", "scale_rewards": False},
     "dapo": {"controller": "grpo", "refill": True},
     **{name: {"controller": name} for name in CONTROLLERS},
+    "published-rollout": {"controller": "published-rollout", "aggregation": "prompt"},  # Eq. 7
 }
 _SHARED = [field for field in fields(Config) if field.name.startswith("eval_") or field.metadata.get("group") == "data"]
 SHARED = {"seed", "model", "max_new_tokens", "stop", *(field.name for field in _SHARED)} - {"reward_noise"}

@@ -179,10 +179,10 @@ class Config:
     preserve_objective: bool = option(False, "update", "rollouts change the update's variance only, not its mean (F6)")
     scale_rewards: bool = option(True, "update", "divide advantages by the group's standard deviation")
     aggregation: str = option(
-        "prompt",
+        "rollout",
         "update",
-        "a prompt's factor in the loss: its weight, or its weight times its rollouts",
-        ("prompt", "rollout"),
+        "a prompt's factor in the loss: its weight times its rollouts, or its weight",
+        ("rollout", "prompt"),
     )
     update_tokens: int = option(8192, "update", "padded tokens in one backward pass; lower it when memory is short")
 

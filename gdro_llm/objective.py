@@ -4,8 +4,9 @@ The loss of a mini-batch is a plain sum over the tokens of all its rollouts, in 
 
     L = sum_r sum_t u_rt l_rt,     u = `token_weights`: how tokens are averaged,     l = `token_losses`: the surrogate,
 
-with advantages A_r = (weight of the prompt's game) x (n_bar / n_i) x (advantage within its group): the games enter here
-and nowhere else. Everything returned is 0 at padding, whatever the inputs hold there.
+with advantages A_r = (weight of the prompt's game) x (advantage within its group), times n_bar / n_i with
+`aggregation="prompt"`: the games enter here and nowhere else. Everything returned is 0 at padding, whatever the inputs
+hold there.
 
 When rollouts change the variance of the update and not its mean (`GDROController(preserve_objective=True)`). Let f_r be
 any function of completion r alone, and rewards be 0 or 1. Std-normalised advantages of a group of n with K successes
@@ -67,7 +68,7 @@ def group_advantages(
 
 
 def rollout_scale(weights_P: np.ndarray, counts_P: np.ndarray, owner_R: np.ndarray, aggregation: str) -> np.ndarray:
-    r"""Positive factor on each rollout's advantage: its prompt's weight, and n_bar / n_i to undo its number.
+    r"""Positive factor on each rollout's advantage: its prompt's weight, and on request n_bar / n_i to undo its number.
 
     Args:
         weights_P: (P,) prompt weights of the plan.

@@ -32,11 +32,14 @@ class Shuffled(GDROController):
 
 
 class AsWeights(GDROController):
-    """n_bar rollouts each, with the weights that the planned counts would imply: w_n(p) / w_nbar(p) (F6).
+    """n_bar rollouts each, with the weights that the planned counts would imply (F6).
 
-    Separates what rollouts do as weights from what they do to the variance: compare with the same controller, which has
-    both, and with `preserve_objective`, which has the second only.
+    These are n w_n(p) / (n_bar w_nbar(p)), without n / n_bar where `aggregation` is "prompt". Separates what rollouts
+    do as weights from what they do to the variance: compare with the same controller, which has both, and with
+    `preserve_objective`, which has the second only.
     """
+
+    aggregation = "rollout"
 
     def plan(self, ids: Sequence[Hashable]) -> Plan:
         """See `GDROController.plan`."""
@@ -44,6 +47,8 @@ class AsWeights(GDROController):
         mean = len(plan.owner) // len(plan.ids)
         p = self.classifier.pass_rate(plan.ids)
         weights = plan.weights * gradient_weight(plan.counts, p) / gradient_weight(mean, p)
+        if self.aggregation == "rollout":
+            weights = weights * plan.counts / mean
         counts = np.full(len(plan.ids), mean)
         return replace(plan, weights=weights / weights.mean(), counts=counts)
 
@@ -81,7 +86,7 @@ def build_controller(config: Config) -> GDROController:
             "preserve_objective": config.preserve_objective,
         }
     try:
-        return getattr(kind, family)(
+        controller = getattr(kind, family)(
             config.mean_rollouts,
             config.min_rollouts,
             config.max_rollouts,
@@ -92,3 +97,6 @@ def build_controller(config: Config) -> GDROController:
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
+    if isinstance(controller, AsWeights):
+        controller.aggregation = config.aggregation
+    return controller

@@ -4,9 +4,9 @@ The controller decides each prompt's weight and number of rollouts before sampli
 
 1. Advantages are centred (and scaled) within each prompt's group, whatever its size (Eq. 3), then multiplied by the
    prompt's weight (Eq. 16). The logged `reward` is never weighted; `weighted_reward` is.
-2. The loss is the clipped surrogate averaged over the tokens of the batch. Departs: with `aggregation="prompt"` a
-   rollout also counts n_bar / n_i, so that a prompt's pull does not grow with n_i; what is left of F6 is w_n(p), which
-   std-normalised advantages bring along (`gdro_core.gradient_weight`).
+2. The loss is the clipped surrogate averaged over the tokens of the batch: rollouts are weights too (F6), a prompt's
+   pull grows by n_i w_n(p) (`gdro_core.gradient_weight`). With `aggregation="prompt"` a rollout counts n_bar / n_i
+   (Eq. 7), which leaves w_n(p); with `preserve_objective` nothing is left.
 3. Nothing random has a state: every draw is seeded by (seed, step), so a resumed run needs no generator saved.
 4. Under torchrun every process runs this loop: it makes the same plan, samples, grades and trains the prompts dealt to
    it, and learns the rewards of all. The first process writes.

@@ -6,7 +6,7 @@ on every process alike:
 1. The N ids are gathered, the controller plans, and the same N n_bar row slots are dealt anew, `plan.counts[i]` to
    prompt i with all its columns. TRL then samples, grades and measures lengths row by row, and never sees the counts.
 2. TRL's own advantages assume n_bar rows a prompt. They are replaced by those of the ragged groups, times the factor
-   of the own loop (`objective.rollout_scale`: the prompt's weight, and n_bar / n_i). For every loss of TRL that is the
+   of the own loop (`objective.rollout_scale`: the prompt's weight). For every loss of TRL that is the
    same as a factor on the row's policy loss; a KL or entropy term stays unweighted.
 3. The controller observes the gathered rewards, unweighted, and its metrics go to TRL's log as `gdro/...`.
 
@@ -113,6 +113,8 @@ class GDROTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is not installed ev
             [0, 1], 1 is correct; NaN where there is no verdict. None takes the rewards of the one function as they are.
             For -1 and 1: `lambda r: (r[:, 0] + 1) / 2`; with several functions: `lambda r: r[:, 0]`. The policy is
             trained on TRL's reward, whatever this says.
+        aggregation: a prompt's factor in the loss: `"rollout"`: its weight times its rollouts; `"prompt"`: its weight,
+            which `preserve_objective` needs.
 
     Raises:
         UsageError: at construction or in the step where it shows: what cannot work, with the argument and the remedy.
@@ -123,6 +125,7 @@ class GDROTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is not installed ev
         *positional: Any,
         controller: GDROController,
         to_unit: Callable[[np.ndarray], np.ndarray] | None = None,
+        aggregation: str = "rollout",
         **named: Any,
     ) -> None:
         if trl.__version__ != TESTED:
@@ -132,9 +135,9 @@ class GDROTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is not installed ev
                 stacklevel=2,
             )
         given = inspect.signature(GRPOTrainer).bind(*positional, **named).arguments
-        for message in _refusals(type(self), given, controller):
+        for message in _refusals(type(self), given, controller, aggregation):
             raise UsageError(message)
-        self.controller, self.to_unit = controller, to_unit
+        self.controller, self.to_unit, self.aggregation = controller, to_unit, aggregation
         self._batch: _Batch | None = None  # while one is made in training
         self._sampler: Any = None  # a streamed data set has none
         super().__init__(*positional, **named)
@@ -167,7 +170,7 @@ class GDROTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is not installed ev
         observation = self._observation(plan, rewards_R_F)
         if self.controller.prompt is not None or self.controller.rollout is not None:
             advantages_R = ragged_advantages(rewards_R, plan, self.scale_rewards)
-            weighted_R = advantages_R * rollout_scale(plan.weights, plan.counts, plan.owner, "prompt")
+            weighted_R = advantages_R * rollout_scale(plan.weights, plan.counts, plan.owner, self.aggregation)
             output["advantages"] = torch.from_numpy(weighted_R[batch.rows]).to(output["advantages"])
             self._logs["advantages"].extend(weighted_R.tolist())  # in place of TRL's own, which drop out
             same = np.bincount(plan.owner, weights=advantages_R != 0)[plan.owner] == 0
@@ -286,7 +289,7 @@ def ragged_advantages(rewards_R: np.ndarray, plan: Plan, scale_rewards: str) -> 
     return advantages_R
 
 
-def _refusals(kind: type, given: dict[str, Any], controller: GDROController) -> Iterator[str]:
+def _refusals(kind: type, given: dict[str, Any], controller: GDROController, aggregation: str) -> Iterator[str]:
     """What cannot work, seen before anything is loaded."""
     args, dataset = given.get("args"), given.get("train_dataset")
     game = controller.rollout
@@ -315,11 +318,13 @@ def _refusals(kind: type, given: dict[str, Any], controller: GDROController) -> 
         )
     if args.scale_rewards not in ("group", "batch", "none"):
         yield f"scale_rewards must be 'group', 'batch' or 'none', got {args.scale_rewards!r}"
-    kept = (args.scale_rewards, args.mask_truncated_completions, args.beta, args.num_iterations)
-    if controller.preserve_objective and kept != ("group", False, 0.0, 1):
+    if aggregation not in ("rollout", "prompt"):
+        yield f"aggregation must be 'rollout' or 'prompt', got {aggregation!r}"
+    kept = (aggregation, args.scale_rewards, args.mask_truncated_completions, args.beta, args.num_iterations)
+    if controller.preserve_objective and kept != ("prompt", "group", False, 0.0, 1):
         yield (
-            "preserve_objective needs scale_rewards 'group', mask_truncated_completions False, beta 0, "
-            f"num_iterations 1: else it is not preserved, got {', '.join(map(str, kept))}"
+            "preserve_objective needs aggregation 'prompt', scale_rewards 'group', mask_truncated_completions False, "
+            f"beta 0, num_iterations 1: else it is not preserved, got {', '.join(map(str, kept))}"
         )
     if args.remove_unused_columns:
         yield f"remove_unused_columns must be False: it removes the column {ID!r}"

@@ -65,7 +65,7 @@ class Settings:
     num_bins: int = 10  # difficulty bins, equal in pass rate
     seed: int = 0  # decides ties
     metric: str = "reward"  # what is observed: the reward, or an entry of reward_extra_info like "acc"; in [0, 1]
-    aggregation: str = "prompt"  # a prompt's factor in the loss: its weight, or ("rollout") times its rollouts
+    aggregation: str = "rollout"  # a prompt's factor in the loss: its weight times its rollouts, or ("prompt") without
 
     @classmethod
     def of(cls, config: DictConfig) -> Settings:
@@ -82,7 +82,7 @@ class Settings:
         assert isinstance(found, cls)
         for name, value, choices in (
             ("controller", found.controller, CONTROLLERS),
-            ("aggregation", found.aggregation, ("prompt", "rollout")),
+            ("aggregation", found.aggregation, ("rollout", "prompt")),
         ):
             if value not in choices:
                 raise UsageError(f"gdro.{name} must be one of {', '.join(choices)}, got {value!r}")

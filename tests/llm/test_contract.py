@@ -36,18 +36,20 @@ class Case:
     scaled: bool
     seed: int
     rewards: str  # a key of EASE
+    aggregation: str = "rollout"
 
     def __str__(self) -> str:
-        return f"{self.controller}-{'scaled' if self.scaled else 'unscaled'}-{self.seed}-{self.rewards}"
+        scaled = "scaled" if self.scaled else "unscaled"
+        return f"{self.controller}-{scaled}-{self.seed}-{self.rewards}-{self.aggregation}"
 
 
 CASES = [
     Case("recommended", True, 0, "mixed"),
     Case("recommended", True, 1, "rare"),
-    Case("recommended", False, 2, "mixed"),
+    Case("recommended", False, 2, "mixed", "prompt"),
     Case("recommended-prompt", True, 0, "rare"),
     Case("recommended-prompt", False, 1, "mixed"),
-    Case("recommended-rollout", True, 1, "mixed"),
+    Case("recommended-rollout", True, 1, "mixed", "prompt"),
     Case("recommended-rollout", False, 0, "rare"),
     Case("grpo", True, 0, "mixed"),
     Case("grpo", False, 1, "rare"),
@@ -176,6 +178,7 @@ def with_trl(folder: Path, batches: list[list[Problem]], config: Config, case: C
         Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(config.model),
         controller=record.controller,
+        aggregation=config.aggregation,
     ).train()
     return Run(record.plans, advantages, record.controller.state_dict())
 
@@ -246,7 +249,8 @@ def test_engines_decide_what_the_own_loop_decides(engine, case, run_config, tmp_
     pytest.importorskip(package)
     rhythm = {"steps": STEPS, "eval_every": STEPS, "save_every": STEPS, "eval_samples": 1}
     # Three epochs, so that all prompts of the later ones are known.
-    config = run_config(controller=case.controller, scale_rewards=case.scaled, seed=case.seed, batch_size=20, **rhythm)
+    told = {"controller": case.controller, "scale_rewards": case.scaled, "aggregation": case.aggregation}
+    config = run_config(**told, seed=case.seed, batch_size=20, **rhythm)
     problems, _ = load_problems(config)
     batches = [
         [problems[i] for i in batch_indices(len(problems), config.batch_size, step, config.seed)]

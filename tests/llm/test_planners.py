@@ -27,9 +27,10 @@ def build(name: str, **settings) -> GDROController:
     return build_controller(Config(controller=name, **settings))
 
 
-def twin(name: str) -> tuple[GDROController, GDROController]:
+def twin(name: str, **settings) -> tuple[GDROController, GDROController]:
     """The recommended controller and another one, in the same state."""
-    real, other = taught(build("recommended-rollout" if name.endswith("rollout") else "recommended"), build(name))
+    recommended = "recommended-rollout" if name.endswith("rollout") else "recommended"
+    real, other = taught(build(recommended), build(name, **settings))
     return real, other
 
 
@@ -62,15 +63,18 @@ def test_the_same_step_is_dealt_the_same_way():
     assert null.plan(IDS).counts.tolist() != other.plan(IDS).counts.tolist()
 
 
+@pytest.mark.parametrize("aggregation", ["rollout", "prompt"])
 @pytest.mark.parametrize("name", ["implicit", "implicit-rollout"])
-def test_rollouts_as_weights(name):
-    """Uniform counts; a prompt's weight is the plan's, times the factor w_n / w_nbar that its counts would bring."""
-    real, implicit = twin(name)
+def test_rollouts_as_weights(name, aggregation):
+    """Uniform counts; a prompt's weight is the plan's, times the factor that its counts would bring: n w_n, or w_n."""
+    real, implicit = twin(name, aggregation=aggregation)
     plan, found = real.plan(IDS), implicit.plan(IDS)
     assert np.ptp(plan.counts) > 2, "the counts must be ragged for this to tell anything"
     assert found.counts.tolist() == [4] * len(IDS)
     p = real.classifier.pass_rate(IDS)
     pulls = [w * gradient_weight([n], q)[0] for w, n, q in zip(plan.weights, plan.counts, p, strict=True)]
+    if aggregation == "rollout":
+        pulls = [n * pull for n, pull in zip(plan.counts, pulls, strict=True)]
     pulled = [w * gradient_weight([4], q)[0] for w, q in zip(found.weights, p, strict=True)]
     np.testing.assert_allclose(np.array(pulled) / np.sum(pulled), np.array(pulls) / np.sum(pulls), rtol=1e-12)
     assert found.weights.mean() == pytest.approx(1.0)
@@ -140,14 +144,20 @@ def test_a_weaker_adversary_spreads_weights_less():
         ({"adversary": "cvar", "adversary_step": 1.0}, "adversary_step changes nothing with adversary 'cvar'"),
         ({"adversary": "hedge"}, "adversary must be one of"),
         ({"adversary_step": -1.0}, "adversary_step must be at least 0"),
-        ({"controller": "null", "preserve_objective": True}, "preserve_objective must be off with controller 'null'"),
+        (
+            {"controller": "null", "aggregation": "prompt", "preserve_objective": True},
+            "preserve_objective must be off with controller 'null'",
+        ),
         ({"refill": True, "kl_coef": 0.1}, "refill needs kl_coef 0"),
         ({"refill": True, "overlong": "mask"}, "refill needs .*overlong 'keep' or 'punish'"),
         ({"refill": True, "controller": "published-rollout"}, "refill needs .*no published controller"),
         ({"reward_noise": 0.51}, r"reward_noise must lie in \[0, 0.5\]"),
         ({"reward_noise": -0.1}, r"reward_noise must lie in \[0, 0.5\]"),
         ({"validation_problems": -1}, "validation_problems must be at least 0"),
-        ({"min_rollouts": 1, "preserve_objective": True}, "min_rollouts with preserve_objective"),
+        (
+            {"min_rollouts": 1, "aggregation": "prompt", "preserve_objective": True},
+            "min_rollouts with preserve_objective",
+        ),
     ],
 )
 def test_settings_without_effect_or_sense_are_refused(settings, message):

@@ -25,7 +25,7 @@ CASES = {
         "max_new_tokens": 4,
     },
     "punished": {"loss": "dr_grpo", "overlong": "punish", "overlong_buffer": 2, "max_new_tokens": 3},
-    "preserved": {"loss": "cispo", "preserve_objective": True, "minibatches": 4},
+    "preserved": {"loss": "cispo", "aggregation": "prompt", "preserve_objective": True, "minibatches": 4},
 }
 FAST = ("reference", "adapters", "bfloat16-adapters")
 

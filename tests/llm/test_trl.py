@@ -227,7 +227,7 @@ def check_ragged(ranks: list[dict], tokenizer) -> None:
             for ids, mask in zip(row["prompt_ids"], row["prompt_mask"], strict=True)
         ]
         assert [f"test/{_content_hash(text)}" for text in texts] == names
-        factor = (plan.weights * 4 / plan.counts)[plan.owner]
+        factor = plan.weights[plan.owner]
         unweighted = torch.cat([row["advantages"] for row in rows]).double().numpy() / factor
         for p, count in enumerate(plan.counts):
             group = rewards[plan.owner == p]
@@ -363,10 +363,13 @@ REFUSED = {
     },
     "published": {"controller": GDROController.published(4)},
     "min_rollouts must be at least 2, got 1": {"controller": controller(min_rollouts=1)},
-    "preserve_objective needs": {
+    "preserve_objective needs .* got prompt, none": {
         "controller": controller(preserve_objective=True),
         "settings": {"scale_rewards": "none"},
+        "aggregation": "prompt",
     },
+    "preserve_objective needs aggregation 'prompt'": {"controller": controller(preserve_objective=True)},
+    "aggregation must be 'rollout' or 'prompt', got 'token'": {"aggregation": "token"},
     "must not override _get_train_sampler": {"kind": OwnSampler},
 }
 
@@ -445,7 +448,8 @@ def values(*of):
     ],
 )
 def test_what_shows_in_a_step_is_refused_there_and_changes_nothing(tiny_model, tmp_path, message, changes):
-    made = controller(preserve_objective=changes.pop("preserve", False))
+    made = controller(preserve_objective="preserve" in changes)
+    changes["aggregation"] = "prompt" if changes.pop("preserve", False) else "rollout"
     before = made.state_dict()
     dataset = changes.pop("dataset", data)()
     trainer = build(Ours, tiny_model, tmp_path, controller=made, dataset=dataset, **changes)

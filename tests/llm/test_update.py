@@ -106,7 +106,7 @@ def test_unscaled_advantages_reach_the_gradient(tiny_config):
     policy, slow = load_policy(config), load_policy(config)
     rollouts, _ = batch(policy)
     advantages = group_advantages(REWARDS, OWNER, scale=False)
-    update(policy, sgd(policy), rollouts, advantages, rollout_scale(WEIGHTS, COUNTS, OWNER, "prompt"), config)
+    update(policy, sgd(policy), rollouts, advantages, rollout_scale(WEIGHTS, COUNTS, OWNER, config.aggregation), config)
     literal_update(slow, sgd(slow), rollouts, config)
     after, expected = literal.weights(policy), literal.weights(slow)
     assert all(torch.allclose(after[name], expected[name], atol=2e-5) for name in after)

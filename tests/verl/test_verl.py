@@ -104,7 +104,7 @@ def test_failed_rollouts_are_no_zeros(fit, configure):
         plan = controller.plan(ids)
         came = np.bincount(owner, minlength=4)
         rows = (np.cumsum(plan.counts) - plan.counts)[owner] + sessions
-        own = rollout_scale(plan.weights, plan.counts, owner, "prompt") * group_advantages(rewards, owner, scale=True)
+        own = rollout_scale(plan.weights, plan.counts, owner, "rollout") * group_advantages(rewards, owner, scale=True)
         np.testing.assert_allclose(advantages, own * np.sqrt(3 / 4), atol=1e-5)  # so 0 for one that is alone
         lone, gone = lone + (came == 1).sum(), gone + (came == 0).sum()
         some += ((came > 1) & (came < plan.counts) & (np.bincount(owner, abs(advantages), minlength=4) > 0)).sum()
@@ -130,12 +130,12 @@ def test_rewards_outside_zero_and_one_are_observed_by_another_metric(fit, config
 
 
 def test_advantages_that_are_not_scaled_get_the_weights_alone(fit, configure):
-    """Dr.GRPO: no standard deviation to be undone; every rollout counts the same with aggregation=rollout."""
-    trainer, _ = fit(configure(*STEPS, "algorithm.norm_adv_by_std_in_grpo=False", "+gdro.aggregation=rollout"))
+    """Dr.GRPO: no standard deviation to be undone; aggregation=prompt undoes the number of rollouts."""
+    trainer, _ = fit(configure(*STEPS, "algorithm.norm_adv_by_std_in_grpo=False", "+gdro.aggregation=prompt"))
     controller = GDROController.recommended(4, 2, 8, seed=3)
     for ids, owner, _, rewards, returns, advantages in batches(trainer):
         plan = controller.plan(ids)
-        np.testing.assert_allclose(advantages, returns * plan.weights[owner], rtol=1e-6)
+        np.testing.assert_allclose(advantages, returns * (plan.weights * 4 / plan.counts)[owner], rtol=1e-6)
         np.testing.assert_allclose(returns, group_advantages(rewards, owner, scale=False), atol=1e-6)
         controller.observe(plan, rewards)
 
@@ -214,7 +214,7 @@ def test_reward_of_a_rollout_with_several_outputs_is_its_last():
         ("+gdro.controler=grpo", "gdro.controler: Key 'controler'.*; the keys are controller, min_rollouts"),
         ("+gdro.max_rollouts=many", "gdro.max_rollouts: .*'many'.*the keys are"),
         ("+gdro.controller=published-prompt", "gdro.controller must be one of grpo, recommended"),
-        ("+gdro.aggregation=token", "gdro.aggregation must be one of prompt, rollout, got 'token'"),
+        ("+gdro.aggregation=token", "gdro.aggregation must be one of rollout, prompt, got 'token'"),
         ("+gdro.num_bins=0", "gdro: num_bins must"),
     ],
 )
