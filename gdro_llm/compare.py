@@ -27,6 +27,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
+from textwrap import fill
 from threading import Thread
 from typing import Any, get_type_hints
 
@@ -507,7 +508,8 @@ def _figure(result: dict[str, Any]) -> Figure:
             face = look["color"] if entry["evidence"] else "white"
             axis.plot(entry["difference"], i, **{**look, "markersize": 7}, markerfacecolor=face)
         axis.axvline(0, color="black", linewidth=0.8, linestyle="--")
-        axis.set_yticks(range(1, len(labels)), labels[1:] if axis is axes[2] else [""] * (len(labels) - 1))
+        names = [fill(label.replace("+", " +"), 30) if axis is axes[2] else "" for label in labels[1:]]
+        axis.set_yticks(range(1, len(labels)), names, fontsize=7)
         axis.set_ylim(len(labels) - 0.5, 0.5)
         axis.set_title(f"{name}, test [points]")
         axis.set_xlabel(f"minus {result['baseline']}; filled: evidence", fontsize=7.5)
