@@ -73,7 +73,7 @@ compare: install  ## does it work? methods x seeds x testbeds (hours; resumes)
 
 # GRPO and joint play under other conditions, on the warm starts of `compare`: rollouts a prompt at the same total,
 # verifier noise, bins, fewest rollouts, tails of difficulty, twice the steps.
-VARIED := mean_rollouts=2+batch_size=256+min_rollouts=1 mean_rollouts=8+batch_size=64+max_rollouts=24 $\
+VARIED := clip_high=0.2+clip_low=0.1 mean_rollouts=2+batch_size=256+min_rollouts=1 mean_rollouts=8+batch_size=64+max_rollouts=24 $\
 mean_rollouts=16+batch_size=32+max_rollouts=48 reward_noise=0.05 reward_noise=0.1 reward_noise=0.2
 robustness: install  ## joint play against GRPO under other conditions (an hour and a half on two cores; resumes)
 	@for s in 1 2 3 4; do d=runs/warm/cells-0.9M-$$s; starts=$$starts,$$d; \
@@ -86,7 +86,7 @@ robustness: install  ## joint play against GRPO under other conditions (an hour 
 	  $$compare --data cells-$$t --methods grpo,joint --out runs/compare/robustness-$$t || exit 1; done; \
 	$$compare --steps 160 --methods grpo,joint --out runs/compare/robustness-long
 
-# Settings for plain GRPO, and with fewer runs for joint play, on validation problems of seeds that nothing else uses.
+# Settings for plain GRPO, and with as many runs or fewer for joint play, on validation problems of unused seeds.
 TUNED := grpo+learning_rate=1.5e-4+minibatches=4
 tune: install  ## the settings, tuned (an hour; resumes)
 	@grid=; for r in 1.5e-4 3e-4 6e-4 1e-3; do for m in 1 2 4; do grid=$$grid,grpo+learning_rate=$$r+minibatches=$$m; done; done; \
@@ -96,6 +96,7 @@ tune: install  ## the settings, tuned (an hour; resumes)
 	@grid=joint,joint+adversary_step=4,joint+adversary=chi-square; for s in joint joint+adversary_step=4 \
 	  joint+adversary_step=8 joint+adversary=chi-square joint+utility=hit; do grid=$$grid,$$s+aggregation=prompt; done; \
 	$(BIN)/gdro compare quickstart --methods $$grid --seed 100 --seeds 4 --eval-every 20 --out runs/compare/tune-joint
+	$(BIN)/gdro compare quickstart --methods joint,joint+utility=hit --seed 100 --seeds 2 --eval-every 20 --out runs/compare/tune-hit
 
 bench: install  ## speed and memory of gdro_core and of the training loop (and of TRL's, after `make bench-trl`)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/bench_core.py tests/bench_loop.py --benchmark-columns=median,min,rounds --benchmark-sort=name --benchmark-disable-gc
