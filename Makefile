@@ -57,7 +57,7 @@ compare-quick: install  ## the mechanics of `compare`, in a few minutes
 # Eight seeds over four warm starts of each testbed. SIZES="0.9M 3M 12M" adds larger models.
 SIZES ?= 0.9M
 METHODS := grpo,joint,null,prompt,rollout
-MORE := implicit,joint+aggregation=prompt,joint+aggregation=prompt+preserve_objective=true,joint+adversary=chi-square,$\
+PARTS := grpo,joint,implicit,joint+aggregation=prompt,joint+aggregation=prompt+preserve_objective=true,joint+adversary=chi-square,$\
 rollout+aggregation=prompt,rollout+utility=hit,rollout+utility=hit+aggregation=prompt+preserve_objective=true,$\
 implicit-rollout+utility=hit,dr-grpo,dapo,mopps,published-prompt,published-rollout
 compare: install  ## does it work? methods x seeds x testbeds (hours; resumes)
@@ -65,9 +65,10 @@ compare: install  ## does it work? methods x seeds x testbeds (hours; resumes)
 	  starts=; for s in 1 2 3 4; do \
 	    d=runs/warm/$$t-$$z-$$s; starts=$$starts,$$d; \
 	    [ -e $$d/model.safetensors ] || $(BIN)/gdro warm-start $$t --size $$z --seed $$s --out $$d || exit 1; done; \
-	  methods=$(METHODS); [ $$t-$$z != cells-0.9M ] || methods=$$methods,$(MORE); \
-	  $(BIN)/gdro compare quickstart --data $$t --models $${starts#,} --methods $$methods --out runs/compare/$$t-$$z \
-	    || exit 1; done; done
+	  compare="$(BIN)/gdro compare quickstart --data $$t --models $${starts#,}"; \
+	  $$compare --methods $(METHODS) --out runs/compare/$$t-$$z || exit 1; \
+	  [ $$t-$$z != cells-0.9M ] || $$compare --methods $(PARTS) --out runs/compare/ablation-$$z || exit 1; \
+	done; done
 	$(BIN)/gdro train quickstart --controller grpo --steps 40 --out runs/signal-policy --resume
 	$(BIN)/gdro signal quickstart --model runs/signal-policy/checkpoint-000040 --out runs/compare/step-40
 
@@ -86,7 +87,7 @@ robustness: install  ## joint play against GRPO under other conditions (an hour 
 	  $$compare --data cells-$$t --methods grpo,joint --out runs/compare/robustness-$$t || exit 1; done; \
 	$$compare --steps 160 --methods grpo,joint --out runs/compare/robustness-long
 
-# Settings for plain GRPO, and with as many runs or fewer for joint play, on validation problems of unused seeds.
+# Settings for plain GRPO, and with as many runs for joint play, on validation problems of unused seeds.
 TUNED := grpo+learning_rate=1.5e-4+minibatches=4
 tune: install  ## the settings, tuned (an hour; resumes)
 	@grid=; for r in 1.5e-4 3e-4 6e-4 1e-3; do for m in 1 2 4; do grid=$$grid,grpo+learning_rate=$$r+minibatches=$$m; done; done; \
