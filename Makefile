@@ -98,6 +98,10 @@ tune: install  ## the settings, tuned (an hour; resumes)
 	  joint+adversary_step=8 joint+adversary=chi-square joint+utility=hit; do grid=$$grid,$$s+aggregation=prompt; done; \
 	$(BIN)/gdro compare quickstart --methods $$grid --seed 100 --seeds 4 --eval-every 20 --out runs/compare/tune-joint
 	$(BIN)/gdro compare quickstart --methods joint,joint+utility=hit --seed 100 --seeds 2 --eval-every 20 --out runs/compare/tune-hit
+	@if [ -e runs/warm/cells-3M-2/model.safetensors ]; then $(BIN)/gdro compare quickstart \
+	  --models runs/warm/cells-3M-1,runs/warm/cells-3M-2 --seed 100 --seeds 2 --eval-every 20 --out runs/compare/tune-grpo-3M \
+	  --methods grpo,grpo+learning_rate=3e-4,grpo+learning_rate=6e-4,grpo+learning_rate=7.5e-5; \
+	else echo "the rate at 3M is tuned once make compare SIZES=3M has made its warm starts"; fi
 
 bench: install  ## speed and memory of gdro_core and of the training loop (and of TRL's, after `make bench-trl`)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/bench_core.py tests/bench_loop.py --benchmark-columns=median,min,rounds --benchmark-sort=name --benchmark-disable-gc
