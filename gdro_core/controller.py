@@ -200,7 +200,7 @@ class GDROController:
         pass@8 but pays in mean@8, η = 1 gains less; the utility and a discount of 0.8 or 0.9 hardly matter. In training
         (`make compare`, `make tune`; paper/README.md, section 7) it is better than tuned GRPO, its null and the rollout
         game where little transfers between kinds of problems, and level where much does; a χ² adversary does as well, a
-        sharper one (η = 4, 8) worse. Average the loss over rollouts, so that a prompt counts by its rollouts
+        sharper one (η = 4, 8) no better. Average the loss over rollouts, so that a prompt counts by its rollouts
         (`simulations/experiments/aggregation.py`). The rollout game alone may do better with `utility="hit"`.
 
         Differs from `published` in: bins by a Beta posterior of the pass rate instead of any-of-n (F10); a payoff that

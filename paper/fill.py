@@ -99,7 +99,9 @@ def cell(folder: Path, file: str, key: str, name: str, form: str) -> str:
             raise ValueError(f"no key {part!r} in {file} {key} of {name!r}")
         found = found[part]
     if isinstance(found, dict):
-        kind = next(kind for kind in ("value", "difference", "mean", "median") if kind in found)
+        kind = next((kind for kind in ("value", "difference", "mean", "median") if kind in found), None)
+        if kind is None:
+            raise ValueError(f"no number at {file} {key} of {name!r}")
         form = form.removeprefix("+") if kind in ("mean", "median") else form
         interval = f" [{found['low']:{form}}, {found['high']:{form}}]" if "low" in found else ""
         return f"{found[kind]:{form}}{interval}".replace("-", "−")

@@ -166,6 +166,7 @@ def test_a_table_is_filled(compared):
     [
         ("a.json", "c.json", "c.json does not exist"),
         ("/p 8", "/p 9", "no key 'p 9'"),
+        ("/*/p 8", "/*", "no number at a.json methods/* of 'grpo'"),
         ("/*/", "/grpo/", "no FILE KEY as FORMAT, with a * in KEY"),
         (" -->\n| |", " -->\n\n| |", "no table stands behind"),
         ("<!-- grpo -->", "", "no name stands in a comment in the first cell"),

@@ -9,6 +9,7 @@ import pytest
 
 from gdro_core import GDROController, gradient_weight
 from simulations.experiments import calibration
+from simulations.experiments.aggregation import Counting
 from simulations.population import SkillPopulation, train
 
 
@@ -139,3 +140,23 @@ def test_a_planner_off_the_budget_is_refused_unless_it_says_so():
     with pytest.raises(ValueError, match=r"counts must sum to mean_rollouts x batch = 20, got 21"):
         train(population, Greedy(exact_budget=True), 2, 10, 2, 0)
     assert train(population, Greedy(exact_budget=False), 2, 10, 2, 0)[-1]["rollouts"] == 42
+
+
+def test_counting_makes_the_update_a_mean_over_rollouts():
+    """By a loop over rollouts: weight times advantage times score, over all; the controller is not disturbed."""
+    population, planner = SkillPopulation(0, prompts=40), Counting(GDROController.recommended(4, seed=0))
+    alone, rng, rows = GDROController.recommended(4, seed=0), np.random.default_rng(0), np.arange(40)
+    for _ in range(4):
+        plan, own = planner.plan(rows.tolist(), rng), alone.plan(rows.tolist())
+        rewards = population.sample(rows, plan.counts, rng)
+        planner.observe(plan, rewards)
+        alone.observe(own, rewards)
+    assert np.ptp(plan.counts) > 2
+    assert planner.controller.state_dict() == alone.state_dict()
+    advantages, rate = population.advantages(plan.counts, rewards), population.pass_rate
+    expected = sum(
+        own.weights[i] * advantages[r] * (population.correct[r] - rate[i]) * population.loadings[i]
+        for r, i in enumerate(own.owner)
+    )
+    found = population.gradient(rows, plan.counts, rewards, plan.weights)
+    np.testing.assert_allclose(found, expected / own.owner.size, rtol=1e-10)
