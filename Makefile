@@ -104,11 +104,13 @@ tune: install  ## the settings, tuned (an hour; resumes)
 	else echo "the rate at 3M is tuned once make compare SIZES=3M has made its warm starts"; fi
 
 bench: install  ## speed and memory of gdro_core and of the training loop (and of TRL's, after `make bench-trl`)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/bench_core.py tests/bench_loop.py --benchmark-columns=median,min,rounds --benchmark-sort=name --benchmark-disable-gc
+	@mkdir -p runs/speed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/bench_core.py tests/bench_loop.py --benchmark-columns=median,min,rounds --benchmark-sort=name --benchmark-disable-gc --benchmark-json=runs/speed/bench.json
 	@if [ -e .venv-trl/installed ]; then $(MAKE) --no-print-directory bench-trl; fi
 
 bench-trl: .venv-trl/installed  ## TRL on the work of the training loop's bench, in an environment of its own
-	@for threads in 1 2; do OMP_NUM_THREADS=$$threads .venv-trl/bin/python tests/bench_trl.py --threads $$threads || exit 1; done
+	@mkdir -p runs/speed; for threads in 1 2; do OMP_NUM_THREADS=$$threads .venv-trl/bin/python tests/bench_trl.py \
+	  --threads $$threads > runs/speed/trl-$$threads.json || exit 1; cat runs/speed/trl-$$threads.json; done
 .venv-trl/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-trl
 	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[llm,sim,trl,dev]'
@@ -117,8 +119,8 @@ bench-trl: .venv-trl/installed  ## TRL on the work of the training loop's bench,
 figures: install  ## every claim with its figure, full size, into runs/simulations (half an hour; resumes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m simulations figures --jobs 2
 
-paper: install  ## numbers, tables and figures of the report and of the README, from runs/simulations where that exists
-	@if [ -d runs/simulations ]; then $(BIN)/python paper/fill.py collect runs/simulations; fi
+paper: install  ## numbers, tables and figures of the report and of the README, from what the targets above left in runs
+	@for d in simulations compare speed; do [ ! -d runs/$$d ] || $(BIN)/python paper/fill.py collect runs/$$d || exit 1; done
 	$(BIN)/python paper/fill.py fill README.md paper/*.md
 
 paper-pdf: .venv/paper  ## the report as runs/report.pdf

@@ -39,7 +39,7 @@ graded, the controller observes, the policy is updated. `--controller` chooses w
   grpo                    every prompt the same: the baseline
   recommended             both games, coupled: hard prompts weigh more and get more rollouts, at the same total
   recommended-prompt      weights only            published-prompt     weights as in arXiv 2601.19280
-  recommended-rollout     rollouts only           published-rollout    rollouts as in arXiv 2601.19280
+  recommended-rollout     rollouts only           published-rollout    rollouts, with --aggregation prompt
 """
 
 EVALUATE = """\

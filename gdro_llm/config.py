@@ -226,6 +226,8 @@ class Config:
                 raise UsageError(f"preserve_objective needs {name} {value!r}, got {getattr(self, name)!r}")
         if self.preserve_objective and not self.controller.startswith("recommended"):
             raise UsageError(f"preserve_objective must be off with controller {self.controller!r}")
+        if self.controller == "published-rollout" and self.aggregation != "prompt":
+            raise UsageError("controller 'published-rollout' needs aggregation 'prompt', the mean of Eq. 7")
         if self.lora_rank and self.trainable_layers:
             raise UsageError("trainable_layers must be 0 with lora_rank: adapters sit in all layers")
         if (self.overlong == "punish") != (self.overlong_buffer > 0) or self.overlong_buffer >= self.max_new_tokens:

@@ -48,12 +48,13 @@ class Size:
     layers: int
     heads: int
     compute: torch.dtype = torch.bfloat16  # of matrix products in the warm start
+    attention: str = "sdpa"  # in the warm start
 
 
 SIZES = {  # 857k, 3.42M and 11.5M parameters
     "0.9M": Size(128, 4, 4, torch.float32),
     "3M": Size(256, 4, 4),
-    "12M": Size(384, 6, 6),
+    "12M": Size(384, 6, 6, attention="eager"),  # a third faster on a CPU in bfloat16
 }
 
 
@@ -211,6 +212,7 @@ def warm_start(
     torch.set_num_threads(1)
     tokenizer = character_tokenizer()
     model = tiny_qwen3(tokenizer, seed, SIZES[size])
+    model.set_attn_implementation(SIZES[size].attention)
     rng, cells = random.Random(seed), TESTBEDS[testbed]
     _train(model, tokenizer, cells, rng, steps, batch, 1.0, SIZES[size].compute, "warm start")
     _train(model, tokenizer, cells, rng, fine_tune_steps, batch, 0.5, SIZES[size].compute, "fine-tune")

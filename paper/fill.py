@@ -25,8 +25,8 @@ number, or to an object with `value`, `difference`, `mean` or `median` and, for 
 empty if the file lacks a key that has *. The format is the table's or, after `as`, a column's own; a mean has no sign.
 
     python paper/fill.py fill FILE.md ...    rewrite the numbers that differ
-    python paper/fill.py collect FOLDER      copy what `python -m simulations` or `gdro compare` (in folders below) and
-                                             `gdro signal` wrote there to results/ and figures/
+    python paper/fill.py collect FOLDER      copy what `python -m simulations`, or `gdro compare` and `gdro signal` (in
+                                             folders below), or `make bench` wrote there to results/ and figures/
     python paper/fill.py pdf OUT.pdf         the report and the proofs (needs pypandoc and typst)
 """
 
@@ -183,6 +183,8 @@ def fill(files: list[Path]) -> None:
 
 def collect(folder: Path) -> None:
     """Copy verdicts, tables and the figures that the report shows."""
+    if (folder / "bench.json").is_file():
+        return _collect_speed(folder)
     shown = set(re.findall(r"\(figures/([\w.-]+)\.png\)", read("README.md")))
     for path in sorted(folder.glob("*.json")):
         if json.loads(path.read_text(encoding="utf-8"))["quick"]:
@@ -209,6 +211,16 @@ def collect(folder: Path) -> None:
                 path.with_suffix(suffix), HERE / "results" / "training" / f"signal-{path.parent.name}{suffix}"
             )
         print(f"collected signal-{path.parent.name}")
+
+
+def _collect_speed(folder: Path) -> None:
+    """Medians and what was noted beside them, without what tells of the machine's owner."""
+    rows = json.loads((folder / "bench.json").read_text(encoding="utf-8"))["benchmarks"]
+    found = {row["name"]: {"median_s": row["stats"]["median"], **row["extra_info"]} for row in rows}
+    for path in sorted(folder.glob("trl-*.json")):
+        found[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+    (HERE / "results" / "training" / "speed.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print("collected speed")
 
 
 def _shrink(figure: Path, name: str) -> None:

@@ -51,6 +51,7 @@ def test_the_controller_credits_each_id_with_its_own_rewards(cold, run_config, t
         test_data=str(tmp_path / "test.jsonl"),
         learning_rate=1e-9,
         controller=controller,
+        aggregation="prompt",
         steps=9,
         save_every=9,
     )

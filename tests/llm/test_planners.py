@@ -151,6 +151,7 @@ def test_a_weaker_adversary_spreads_weights_less():
         ({"refill": True, "kl_coef": 0.1}, "refill needs kl_coef 0"),
         ({"refill": True, "overlong": "mask"}, "refill needs .*overlong 'keep' or 'punish'"),
         ({"refill": True, "controller": "published-rollout"}, "refill needs .*no published controller"),
+        ({"controller": "published-rollout"}, "'published-rollout' needs aggregation 'prompt', the mean of Eq. 7"),
         ({"reward_noise": 0.51}, r"reward_noise must lie in \[0, 0.5\]"),
         ({"reward_noise": -0.1}, r"reward_noise must lie in \[0, 0.5\]"),
         ({"validation_problems": -1}, "validation_problems must be at least 0"),

@@ -87,7 +87,10 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(run_config, 
 @pytest.mark.parametrize("controller", CONTROLLERS)
 def test_every_controller_runs_within_its_budget_and_resumes_exactly(run_config, tmp_path, controller):
     """Counts add up to mean_rollouts x batch_size in every step; stopping after a checkpoint changes nothing."""
-    config = run_config(controller=controller, steps=4, save_every=2, minibatches=2, mean_rollouts=4)
+    aggregation = "prompt" if controller == "published-rollout" else "rollout"
+    config = run_config(
+        controller=controller, aggregation=aggregation, steps=4, save_every=2, minibatches=2, mean_rollouts=4
+    )
     train(config, tmp_path / "whole")
     rows = literal.read_log(tmp_path / "whole" / "metrics.jsonl")
     assert np.diff([0] + [row["rollouts"] for row in rows]).tolist() == [4 * 8] * 4
