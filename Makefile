@@ -54,7 +54,7 @@ lint: install  ## style and types
 compare-quick: install  ## the mechanics of `compare`, in a few minutes
 	$(BIN)/gdro compare quickstart --methods grpo,joint --seeds 2 --steps 12 --eval-every 6 --out runs/compare-quick
 
-# Eight seeds over four warm starts of each testbed. SIZES="0.9M 3M 12M" adds larger models.
+# Eight seeds over four warm starts of each testbed. SIZES="0.9M 3M 12M" adds larger models (a night).
 SIZES ?= 0.9M
 METHODS := grpo,joint,null,prompt,rollout
 PARTS := grpo,joint,implicit,joint+aggregation=prompt,joint+aggregation=prompt+preserve_objective=true,joint+adversary=chi-square,$\
@@ -98,10 +98,10 @@ tune: install  ## the settings, tuned (an hour; resumes)
 	  joint+adversary_step=8 joint+adversary=chi-square joint+utility=hit; do grid=$$grid,$$s+aggregation=prompt; done; \
 	$(BIN)/gdro compare quickstart --methods $$grid --seed 100 --seeds 4 --eval-every 20 --out runs/compare/tune-joint
 	$(BIN)/gdro compare quickstart --methods joint,joint+utility=hit --seed 100 --seeds 2 --eval-every 20 --out runs/compare/tune-hit
-	@if [ -e runs/warm/cells-3M-2/model.safetensors ]; then $(BIN)/gdro compare quickstart \
-	  --models runs/warm/cells-3M-1,runs/warm/cells-3M-2 --seed 100 --seeds 2 --eval-every 20 --out runs/compare/tune-grpo-3M \
-	  --methods grpo,grpo+learning_rate=3e-4,grpo+learning_rate=6e-4,grpo+learning_rate=7.5e-5; \
-	else echo "the rate at 3M is tuned once make compare SIZES=3M has made its warm starts"; fi
+	@for z in 3M 12M; do d=runs/warm/cells-$$z; if [ -e $$d-2/model.safetensors ]; then $(BIN)/gdro compare quickstart \
+	  --models $$d-1,$$d-2 --seed 100 --seeds 2 --eval-every 20 --out runs/compare/tune-grpo-$$z \
+	  --methods grpo,grpo+learning_rate=3e-4,grpo+learning_rate=6e-4,grpo+learning_rate=7.5e-5 || exit 1; \
+	else echo "the rate at $$z is tuned once make compare SIZES=$$z has made its warm starts"; fi; done
 
 bench: install  ## speed and memory of gdro_core and of the training loop (and of TRL's, after `make bench-trl`)
 	@mkdir -p runs/speed
