@@ -181,6 +181,18 @@ def test_a_wrong_table_is_refused(compared, before, after, message):
         filled(text.replace(before, after), compared)
 
 
+def test_speeds_are_collected_without_what_tells_of_the_machine(tmp_path, monkeypatch):
+    """Medians and notes of the benchmarks, and the last line of what TRL's run printed."""
+    (tmp_path / "results" / "training").mkdir(parents=True)
+    monkeypatch.setitem(FILL["collect"].__globals__, "HERE", tmp_path)
+    row = {"name": "step[1]", "stats": {"median": 0.5, "mean": 9.0}, "extra_info": {"threads": 1}}
+    (tmp_path / "bench.json").write_text(json.dumps({"machine_info": {"node": "secret"}, "benchmarks": [row]}))
+    (tmp_path / "trl-2.json").write_text("{'train_loss': 1}\n" + json.dumps({"step_s": 0.8}) + "\n")
+    FILL["collect"](tmp_path)
+    found = json.loads((tmp_path / "results" / "training" / "speed.json").read_text())
+    assert found == {"step[1]": {"median_s": 0.5, "threads": 1}, "trl-2": {"step_s": 0.8}}
+
+
 def test_every_interval_has_a_source():
     """A measured number of the report does not stand there by hand."""
     bare = re.findall(rf"{NUMBER} \[{NUMBER}, {NUMBER}\](?!<!--)", TABLE.sub("", without_code(REPORT)))
