@@ -198,7 +198,7 @@ class GDROController:
 
         Chosen by `simulations/experiments/tuning.py` among 54 on populations that no report uses: η = 4 gains more
         pass@8 but pays in mean@8, η = 1 gains less; the utility and a discount of 0.8 or 0.9 hardly matter. In training
-        (`make compare`, `make tune`; paper/README.md, section 7) it is better than tuned GRPO, its null and the rollout
+        (`make compare`, `make tune`; paper/README.md, section 7) it is above tuned GRPO, its null and the rollout
         game where little transfers between kinds of problems, and level where much does; a χ² adversary does as well, a
         sharper one (η = 4, 8) no better. Average the loss over rollouts, so that a prompt counts by its rollouts
         (`simulations/experiments/aggregation.py`). The rollout game alone may do better with `utility="hit"`.
