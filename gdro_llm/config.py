@@ -115,6 +115,7 @@ class Config:
     grader: str = option("exact", "data", "how a completion is graded", ("exact", "number", "math"))
     grade_seconds: float = option(5.0, "data", "a completion that takes longer to grade counts as wrong")
     grade_workers: int = option(0, "data", "processes of the math grader; 0: one a core")
+    train_problems: int = option(0, "data", "train on at most so many problems, the same ones always; 0: on all")
     test_problems: int = option(1000, "data", "evaluate on at most so many test problems, the same ones always")
     validation_problems: int = option(
         0,
@@ -246,6 +247,10 @@ class Config:
                 "rollouts must satisfy min_rollouts <= mean_rollouts <= max_rollouts, "
                 f"got {self.min_rollouts} <= {self.mean_rollouts} <= {self.max_rollouts}"
             )
+        if 0 < self.train_problems < self.batch_size:
+            raise UsageError(
+                f"train_problems must be 0 (all) or at least batch_size = {self.batch_size}, got {self.train_problems}"
+            )
         if self.batch_size % self.minibatches:
             raise UsageError(f"minibatches must divide batch_size = {self.batch_size}, got {self.minibatches}")
         if "{problem}" not in self.template:
@@ -273,6 +278,7 @@ _LOWEST = {
     "save_every": 1,
     "trainable_layers": 0,
     "threads": 0,
+    "train_problems": 0,
     "test_problems": 1,
     "batch_size": 1,
     "mean_rollouts": 1,

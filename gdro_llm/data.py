@@ -137,7 +137,14 @@ def load_problems(config: Config) -> tuple[list[Problem], list[Problem]]:
 
 
 def hold_out(train: list[Problem], config: Config) -> tuple[list[Problem], list[Problem]]:
-    """Training problems, and `validation_problems` others: the cells' own split, of other data some of these."""
+    """At most `train_problems` to train on, and `validation_problems` others: the cells' own, of other data some."""
+    train, validation = _held_out(train, config)
+    if 0 < config.train_problems < len(train):
+        train = [train[i] for i in _some(len(train), config.train_problems)]
+    return train, validation
+
+
+def _held_out(train: list[Problem], config: Config) -> tuple[list[Problem], list[Problem]]:
     wanted = config.validation_problems
     if not wanted:
         return train, []

@@ -132,6 +132,13 @@ class Run:
         self.policy = load_policy(config, checkpoint, self.workers)
         train = drop_long_prompts(self.policy.tokenizer, train, config)
         self.pool, self.train_problems = train, {problem.id: problem for problem in train}
+        visits = config.steps * config.batch_size / len(train)
+        if visits < 3 and config.controller != "grpo":
+            say(
+                self.workers,
+                f"each of {len(train)} problems comes up {visits:.2g} times in this run, and the controller acts on a "
+                "problem from its second time on: more steps or fewer train_problems give it more to act on",
+            )
         if config.controller == "mopps" and len(train) < CANDIDATES * config.batch_size:
             raise UsageError(
                 f"batch_size must be at most a {CANDIDATES}th of the {len(train)} problems with controller 'mopps', "
@@ -320,7 +327,7 @@ def candidates(problems: list[Problem], config: Config, step: int) -> list[Probl
     rows = batch_indices(len(problems), config.batch_size, step, config.seed)
     if config.controller == "mopps":
         others = np.setdiff1d(np.arange(len(problems)), rows)
-        order = np.random.default_rng([config.seed, step, 1]).permutation(others)
+        order = np.random.default_rng([config.seed, step, 3]).permutation(others)
         rows = np.concatenate([rows, order[: (CANDIDATES - 1) * len(rows)]])
     return [problems[i] for i in rows]
 

@@ -162,6 +162,31 @@ def test_training_validation_and_test_problems_are_disjoint(tiny_data, data):
     assert hold_out(whole, replace(config, validation_problems=0)) == (whole, [])
 
 
+def test_a_part_of_the_training_problems(tiny_data):
+    """The same ones whatever the seed, without a change of the validation problems; at least a batch of them."""
+    config = Config(**tiny_data, batch_size=4, validation_problems=15)
+    whole, _ = load_problems(config)
+    everything, validation = hold_out(whole, config)
+    part, beside = hold_out(whole, replace(config, train_problems=7))
+    assert len(part) == 7
+    assert beside == validation
+    assert [problem for problem in everything if problem in part] == part
+    assert hold_out(whole, replace(config, train_problems=7, seed=5)) == (part, beside)
+    assert hold_out(whole, replace(config, train_problems=10**6)) == (everything, validation)
+    with pytest.raises(UsageError, match=r"train_problems must be 0 \(all\) or at least batch_size = 4, got 3"):
+        replace(config, train_problems=3)
+
+
+@pytest.mark.parametrize(
+    ("controller", "steps", "told"), [("recommended", 2, True), ("recommended", 3, False), ("grpo", 2, False)]
+)
+def test_a_run_that_is_short_for_its_controller_says_so(run_config, tmp_path, capsys, controller, steps, told):
+    """Two batches of the same eight problems; with three there is enough to act on, and GRPO does not act."""
+    train(run_config(steps=steps, controller=controller, train_problems=8), tmp_path)
+    said = "each of 8 problems comes up 2 times in this run, and the controller acts on a problem from its second"
+    assert (said in capsys.readouterr().out) == told
+
+
 def test_tails_hold_more_or_fewer_hard_problems():
     """Of the same cells, with the same easy and middle problems, and the same test problems."""
     sets = {name: load_problems(Config(data=name)) for name in ("cells", "cells-light", "cells-heavy")}
