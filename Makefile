@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install vllm-cpu train test test-all test-trl test-verl lint compare-quick compare robustness tune bench bench-trl figures paper paper-pdf clean
+.PHONY: help install vllm-cpu train test test-all test-trl test-verl lint compare-quick compare compare-pretrained robustness tune bench bench-trl figures paper paper-pdf clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -71,6 +71,11 @@ compare: install  ## does it work? methods x seeds x testbeds (hours; resumes)
 	done; done
 	$(BIN)/gdro train quickstart --controller grpo --steps 40 --out runs/signal-policy --resume
 	$(BIN)/gdro signal quickstart --model runs/signal-policy/checkpoint-000040 --out runs/compare/step-40
+
+# MODEL: a hub name or a folder. --jobs decides the threads of a run unless they are given.
+MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct
+compare-pretrained: install  ## GRPO and joint play on a pretrained 135M model (an hour on two cores; resumes)
+	$(BIN)/gdro compare smollm2-arith --model $(MODEL) --threads 1 --methods grpo,joint --seeds 4 --validation-problems 100 --out runs/compare/smollm2
 
 # GRPO and joint play under other conditions, on the warm starts of `compare`: rollouts a prompt at the same total,
 # verifier noise, bins, fewest rollouts, tails of difficulty, twice the steps.
