@@ -81,7 +81,7 @@ compare-pretrained: install  ## GRPO and joint play on a pretrained 135M model (
 # verifier noise, bins, fewest rollouts, tails of difficulty, twice the steps.
 VARIED := clip_high=0.2+clip_low=0.1 mean_rollouts=2+batch_size=256+min_rollouts=1 mean_rollouts=8+batch_size=64+max_rollouts=24 $\
 mean_rollouts=16+batch_size=32+max_rollouts=48 reward_noise=0.05 reward_noise=0.1 reward_noise=0.2
-robustness: install  ## joint play against GRPO under other conditions (an hour and a half on two cores; resumes)
+robustness: install  ## joint play against GRPO under other conditions (an hour on two cores; resumes)
 	@for s in 1 2 3 4; do d=runs/warm/cells-0.9M-$$s; starts=$$starts,$$d; \
 	  [ -e $$d/model.safetensors ] || $(BIN)/gdro warm-start cells --seed $$s --out $$d || exit 1; done; \
 	methods=grpo,joint,joint+num_bins=5,joint+num_bins=20,joint+min_rollouts=1; \
