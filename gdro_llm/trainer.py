@@ -132,13 +132,6 @@ class Run:
         self.policy = load_policy(config, checkpoint, self.workers)
         train = drop_long_prompts(self.policy.tokenizer, train, config)
         self.pool, self.train_problems = train, {problem.id: problem for problem in train}
-        visits = config.steps * config.batch_size / len(train)
-        if visits < 3 and config.controller != "grpo":
-            say(
-                self.workers,
-                f"each of {len(train)} problems comes up {visits:.2g} times in this run, and the controller acts on a "
-                "problem from its second time on: more steps or fewer train_problems give it more to act on",
-            )
         if config.controller == "mopps" and len(train) < CANDIDATES * config.batch_size:
             raise UsageError(
                 f"batch_size must be at most a {CANDIDATES}th of the {len(train)} problems with controller 'mopps', "
@@ -153,6 +146,13 @@ class Run:
         import_trackers(config)
         if self.workers.rank == 0:  # after all that can be refused: a mistake leaves nothing behind
             cleanup.enter_context(open_run(out, config, checkpoint, fresh=fresh))
+        visits = config.steps * config.batch_size / len(train)
+        if visits < 3 and config.controller != "grpo":
+            say(
+                self.workers,
+                f"each of {len(train)} problems comes up {visits:.2g} times in this run, and the controller acts on a "
+                "problem from its second time on: more steps or fewer train_problems give it more to act on",
+            )
         self.progress = {"step": 0, "rollouts": 0, "tokens": 0}
         self.best = {"step": 0, "rollouts": 0, "rate": -1.0}  # of the validation problems
         self.waiting: list[tuple[Rollouts, np.ndarray, np.ndarray]] = []  # mixed groups that do not fill a batch yet
