@@ -131,7 +131,8 @@ def compare(
     found = {place: outcomes(folders[place]) for place in runs}
     started = {seed: seed % len(models) for seed in range(config.seed, config.seed + seeds)}
     result = analyse(found, [method.label for method in methods], started)
-    result = {"preset": config.preset, "config": asdict(config), "models": [Path(m).name for m in models], **result}
+    shared = {key: value for key, value in asdict(config).items() if key != "model"}
+    result = {"preset": config.preset, "config": shared, "models": [Path(model).name for model in models], **result}
     write(result, out)
     return result
 

@@ -426,6 +426,7 @@ def test_the_numbers_are_those_of_the_runs(compared):
     result = json.loads((compared / "comparison.json").read_text())
     assert (result["baseline"], result["k"], result["seeds"], result["preset"]) == ("grpo", 8, 2, "quickstart")
     assert result["config"]["eval_exact"]
+    assert "model" not in result["config"]  # `models` names them, without the folders of one machine
     assert result["config"]["validation_problems"] == 25
     rows = {
         label: [literal.read_log(compared / "runs" / label / seed / "evaluations.jsonl") for seed in "01"]
