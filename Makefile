@@ -74,11 +74,11 @@ compare: install  ## does it work? methods x seeds x testbeds (hours; resumes)
 
 # MODEL: a hub name or a folder. First the rate for plain GRPO on validation problems of two other seeds, then what is asked.
 MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct
-compare-pretrained: install  ## GRPO and joint play on a pretrained 135M model (two hours on two cores; resumes)
+compare-pretrained: install  ## GRPO and joint play on a pretrained 135M model (90 minutes on two cores; resumes)
 	@compare="$(BIN)/gdro compare smollm2-arith --model $(MODEL) --threads 1 --validation-problems 100"; \
 	$$compare --methods grpo,grpo+learning_rate=1e-4,grpo+learning_rate=1e-5 --seed 100 --seeds 2 --eval-every 20 \
 	  --out runs/compare/tune-smollm2 || exit 1; \
-	$$compare --methods grpo,joint --seeds 8 --out runs/compare/smollm2
+	$$compare --methods grpo,joint --seeds 5 --out runs/compare/smollm2
 
 # GRPO and joint play under other conditions, on the warm starts of `compare`: rollouts a prompt at the same total,
 # verifier noise, bins, fewest rollouts, tails of difficulty, twice the steps.

@@ -11,6 +11,7 @@ verl samples, grades and trains; this trainer decides and weights, around two st
     trainer.v1.trainer_mode=gdro_sync algorithm.adv_estimator=grpo actor_rollout_ref.rollout.n=8 +gdro.max_rollouts=16
 
 `rollout.n` is the mean number of rollouts, met exactly in every batch; the keys under `gdro` are those of `Settings`.
+`trainer.use_v1` must stay True, its default: verl's legacy trainer ignores all of these keys, `gdro` too.
 Rows of `data.train_files` need `data_source` and a unique `extra_info.index`: together they are the prompt's id.
 
 verl divides by a group's sample standard deviation (n - 1), the own loop by the population's (n). The factor turns the
