@@ -177,27 +177,41 @@ def _rotate(out: Path) -> None:
         shutil.rmtree(leaving)
 
 
-def save_best(out: Path, write_model: Callable[[Path], None]) -> None:
-    """Write the model into `best`, in place of the one before. On one process only.
+def best_folder(out: Path, step: int) -> Path:
+    """Where the weights lie that are the best so far."""
+    return out / f"best-{step:06d}"
+
+
+def save_best(best: Path, write_model: Callable[[Path], None]) -> None:
+    """Write the model into a `best_folder`, in place of what a replayed step may find there. On one process only.
 
     Raises:
         UsageError: the disk does not take it.
     """
+    out = best.parent
     scratch, old = out / ".best.tmp", out / ".best-before.tmp"
     try:
-        with _disk_errors(out / "best", out):
+        with _disk_errors(best, out):
             for left in (scratch, old):
                 shutil.rmtree(left, ignore_errors=True)  # of a run that was killed
             write_model(scratch)
             for path in (*scratch.rglob("*"), scratch):
                 _flush(path)
-            if (out / "best").exists():
-                (out / "best").rename(old)
-            scratch.rename(out / "best")
+            if best.exists():
+                best.rename(old)
+            scratch.rename(best)
             _flush(out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def drop_best(out: Path, keep: set[int]) -> None:
+    """Delete the best weights of all other steps. A checkpoint goes on from the best that it names: keep that, too."""
+    for path in set(out.glob("best-*")) - {best_folder(out, step) for step in keep}:
+        leaving = path.with_name(f".{path.name}.tmp")
+        os.replace(path, leaving)
+        shutil.rmtree(leaving)
 
 
 def load_checkpoint(checkpoint: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

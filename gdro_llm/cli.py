@@ -157,7 +157,8 @@ def main(argv: list[str] | None = None) -> int:
         help="signal and noise of one step's gradient, by method, at a fixed policy",
         usage="gdro signal PRESET [--methods A,B] [--warm-up N] [--batches N] [--out DIR] [--KEY VALUE]",
         description="Signal-to-noise ratio of a batch's gradient, and its cosine with exact gradients of mean@1 and "
-        "pass@k, for every method (as in `gdro compare --help`) at one policy (--model). Embedded cells only.",
+        "pass@k, by method (as in `gdro compare --help`, but dapo and the published ones) at one policy (--model). "
+        "Embedded cells only.",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=118),
     )
     signal.add_argument("preset", help=f"one of {', '.join(preset_names())}, or a .toml file")

@@ -202,7 +202,7 @@ def _log(out: Path) -> Path:
 
 
 def _drop_weights(out: Path) -> None:
-    for weights in (*out.glob("checkpoint-*"), *out.glob("best")):
+    for weights in (*out.glob("checkpoint-*"), *out.glob("best-*")):
         shutil.rmtree(weights)
 
 

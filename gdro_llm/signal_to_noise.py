@@ -27,7 +27,7 @@ from tqdm import tqdm
 from gdro_llm.checkpoint import write_file
 from gdro_llm.compare import Method
 from gdro_llm.config import Config, UsageError
-from gdro_llm.data import Problem, load_problems
+from gdro_llm.data import Problem, hold_out, load_problems
 from gdro_llm.evaluation import exact_rates, has_exact_rates
 from gdro_llm.grading import Grader
 from gdro_llm.objective import rollout_scale
@@ -35,7 +35,7 @@ from gdro_llm.planners import build_controller
 from gdro_llm.policy import Policy, load_policy
 from gdro_llm.prompting import prompt_tokens
 from gdro_llm.sampling import Decoding, HFSampler, Rollouts
-from gdro_llm.trainer import advantages_of, candidates, step_seed
+from gdro_llm.trainer import advantages_of, candidates, step_seed, turned_round
 from gdro_llm.update import update
 
 RESAMPLES = 2000
@@ -52,11 +52,18 @@ def measure(config: Config, methods: Sequence[Method], warm_up: int, batches: in
         out: folder to write.
 
     Raises:
-        UsageError: data without exact success probabilities, or too few batches.
+        UsageError: data without exact success probabilities, too few batches, or a method whose step is not that of
+            one batch at a policy that does not move.
     """
     if batches < 2:
         raise UsageError(f"batches must be at least 2 for an interval, got {batches}")
+    runs = {method.label: replace(config, **method.settings) for method in methods}
+    for label, run in runs.items():
+        if run.refill or build_controller(run).needs_losses:
+            why = "waits for mixed groups of several batches" if run.refill else "learns from the losses of updates"
+            raise UsageError(f"gdro signal cannot measure {label!r}, which {why}; leave it out of --methods")
     train, _ = load_problems(config)
+    train, _ = hold_out(train, config)
     if not has_exact_rates(train, config):
         raise UsageError("gdro signal needs exact success probabilities: data of cells")
     policy = load_policy(config)
@@ -65,9 +72,8 @@ def measure(config: Config, methods: Sequence[Method], warm_up: int, batches: in
     directions = {name: exact_gradient(policy, train, config, rates, k) for name, k in wanted.items()}
     named = replace(config, model=Path(config.model).name)  # not where it lies
     result: dict[str, Any] = {"config": asdict(named), "warm_up": warm_up, "batches": batches, "methods": {}}
-    for method in methods:
-        halves = _halves(policy, train, replace(config, **method.settings), warm_up, batches, method.label)
-        result["methods"][method.label] = _summary(halves, directions)
+    for label, run in runs.items():
+        result["methods"][label] = _summary(_halves(policy, train, run, warm_up, batches, label), directions)
     out.mkdir(parents=True, exist_ok=True)
     write_file(out / "signal.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
     write_file(out / "signal.md", table(result) + "\n")
@@ -78,9 +84,10 @@ def exact_gradient(
     policy: Policy, problems: Sequence[Problem], config: Config, p_P: np.ndarray, k: int, rows: int = 256
 ) -> torch.Tensor:
     """Flat gradient of the mean over problems of 1 - (1 - p)^k, by teacher forcing of the accepted completions."""
+    device = policy.device
     stop = int(policy.stop_ids[0])
     flat = [(i, text) for i, problem in enumerate(problems) for text in problem.accepted]
-    factor = torch.tensor(k * (1.0 - p_P) ** (k - 1) / len(problems))
+    factor = torch.tensor(k * (1.0 - p_P) ** (k - 1) / len(problems), device=device)
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
     total = torch.zeros(sum(p.numel() for p in parameters))
     for start in range(0, len(flat), rows):
@@ -88,11 +95,11 @@ def exact_gradient(
         prompts = [prompt_tokens(policy.tokenizer, problems[i], config) for i in owners]
         ids = [[*policy.tokenizer.encode(text, add_special_tokens=False), stop] for text in texts]
         width = max(map(len, ids))
-        tokens = torch.tensor([row + [0] * (width - len(row)) for row in ids])
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids])
+        tokens = torch.tensor([row + [0] * (width - len(row)) for row in ids], device=device)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids], device=device)
         logprobs, _ = policy.scorer.plain(prompts, torch.arange(len(ids)), tokens, mask)
         objective = (logprobs.sum(-1).double().exp() * factor[list(owners)]).sum()
-        total += torch.cat([g.flatten() for g in torch.autograd.grad(objective, parameters)])
+        total += torch.cat([g.flatten() for g in torch.autograd.grad(objective, parameters)]).cpu()
     return total
 
 
@@ -111,6 +118,7 @@ def _halves(
             decoding = Decoding(config.max_new_tokens, config.temperature)
             rollouts = sampler.sample(prompts, plan.counts, decoding, seed=step_seed(config.seed, step))
             rewards = grader.grade([chosen[p] for p in plan.owner], rollouts.texts)
+            rewards = turned_round(rewards, np.arange(len(rewards)), len(rewards), config, step)
             controller.observe(plan, rewards)
             if step < warm_up:
                 continue
@@ -130,7 +138,7 @@ def _gradient(
     once = replace(config, minibatches=1, passes=1, grad_clip=1e9)
     update(policy, torch.optim.SGD(parameters, lr=1.0), rollouts.select(rows), advantages[rows], scale[rows], once)
     with torch.no_grad():
-        step = torch.cat([(p - old).flatten() for p, old in zip(parameters, before, strict=True)])
+        step = torch.cat([(p - old).flatten() for p, old in zip(parameters, before, strict=True)]).cpu()
         for p, old in zip(parameters, before, strict=True):
             p.copy_(old)
     return step

@@ -14,6 +14,7 @@ The controller decides each prompt's weight and number of rollouts before sampli
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,6 +27,8 @@ from tqdm import tqdm
 
 from gdro_llm.checkpoint import (
     append,
+    best_folder,
+    drop_best,
     find_checkpoint,
     load_checkpoint,
     open_run,
@@ -109,6 +112,8 @@ def train(config: Config, out: Path, *, resume: bool = False, fresh: bool = Fals
             run.evaluate_and_save(step, stopping)
             if stopping and step + 1 < config.steps:
                 raise Stopped(f"stopped after step {step + 1}, which is saved: --resume goes on", stopping)
+        del policy
+        run.evaluate_best()
 
 
 class Run:
@@ -162,6 +167,7 @@ class Run:
             load_optimizer_state(self.optimizer, self._trained(), moments)
             self.controller.load_state_dict(state["controller"])
             self.progress, self.best = state["progress"], state["best"]
+        self._saved_best = self.best["step"]  # of the last checkpoint
         self.first_step = self.progress["step"]
         self.tracker: Tracker | None = None
         if self.workers.rank == 0:
@@ -266,10 +272,6 @@ class Run:
             self.evaluate()
         if last and self.validation_problems:
             self.evaluate_test("last")
-            self.optimizer.zero_grad()  # makes room for the best weights
-            self.sampler.policy = load_policy(config, self.out / "best", self.workers)
-            self.evaluate_test("best")
-            self.sampler.policy = self.policy
         self._save_due |= (step + 1) % config.save_every == 0
         if last or stopping or (self._save_due and not self.waiting):
             self._save_due = False
@@ -277,6 +279,8 @@ class Run:
             if self.workers.rank == 0:
                 state = {"progress": self.progress, "best": self.best, "controller": self.controller.state_dict()}
                 save_checkpoint(self.out, step + 1, self.policy.save, moments, state)
+                drop_best(self.out, {self.best["step"]})
+                self._saved_best = self.best["step"]
             else:
                 self.policy.save(self.out)  # takes part in gathering the weights, writes nothing
             self.workers.barrier()
@@ -291,10 +295,20 @@ class Run:
         if split == "validation" and rate > self.best["rate"]:
             self.best = {"step": now["step"], "rollouts": now["rollouts"], "rate": rate}
             if self.workers.rank == 0:
-                save_best(self.out, self.policy.save)
+                save_best(best_folder(self.out, now["step"]), self.policy.save)
+                drop_best(self.out, {now["step"], self._saved_best})
             else:
                 self.policy.save(self.out)  # takes part in gathering the weights, writes nothing
             self.workers.barrier()
+
+    def evaluate_best(self) -> None:
+        """Evaluate the best weights after the last step, in the room of the policy and its moments, which are saved."""
+        if self.validation_problems:
+            del self.optimizer, self.policy, self.sampler.policy
+            gc.collect()
+            best = best_folder(self.out, self.best["step"])
+            self.sampler.policy = self.policy = load_policy(self.config, best, self.workers)
+            self.evaluate_test("best")
 
     def evaluate_test(self, checkpoint: str) -> None:
         """Evaluate the weights that the sampler has on the test problems."""

@@ -489,8 +489,8 @@ def test_a_comparison_goes_on_where_it_was_killed(compared, tmp_path):
     shutil.rmtree(out / "runs" / JOINT / "1")
     log = out / "runs/grpo/0/evaluations.jsonl"
     log.write_bytes(log.read_bytes()[:-40])
-    (out / "runs/grpo/1/best").mkdir()
-    (out / "runs/grpo/1/best/model.safetensors").write_text("left over")
+    (out / "runs/grpo/1/best-000012").mkdir()
+    (out / "runs/grpo/1/best-000012/model.safetensors").write_text("left over")
     for name in FILES:
         (out / name).unlink()
     assert main(command(out, "--jobs", "2")) == 0

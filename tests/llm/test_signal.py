@@ -55,18 +55,44 @@ def test_the_split_recovers_signal_and_noise(snr):
 
 def test_the_command_measures_every_method_and_moves_no_weight(tmp_path, capsys):
     """Before it has learnt anything the joint controller plans as plain GRPO: the same numbers."""
-    flags = ["--methods", "grpo,joint,mopps", "--warm-up", "0", "--batches", "2", "--batch-size", "16"]
+    flags = [
+        "--methods",
+        "grpo,joint,mopps,grpo+reward_noise=0.5",
+        "--warm-up",
+        "0",
+        "--batches",
+        "2",
+        "--batch-size",
+        "16",
+    ]
     assert main(["signal", "quickstart", *flags, "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "signal.json").read_text())
-    assert list(found["methods"]) == ["grpo", "joint", "mopps"]
+    assert list(found["methods"]) == ["grpo", "joint", "mopps", "grpo+reward_noise=0.5"]
     assert found["methods"]["grpo"] == found["methods"]["joint"] != found["methods"]["mopps"]
-    assert found["methods"]["grpo"]["cosine with mean@1"]["value"] > 0.2  # a step goes up
+    up = {label: values["cosine with mean@1"]["value"] for label, values in found["methods"].items()}
+    assert up["grpo"] > 0.2 > up["grpo+reward_noise=0.5"]  # a step goes up, but not where rewards say nothing
     assert (tmp_path / "signal.md").read_text().strip() in capsys.readouterr().out
+
+
+def test_the_problems_are_those_of_a_run(tmp_path):
+    """`train_problems` and `validation_problems` leave the same problems as in training."""
+    common = ["--methods", "grpo", "--warm-up", "0", "--batches", "2", "--batch-size", "16", "--out"]
+    found = []
+    for name, flags in (("all", []), ("few", ["--train-problems", "16"])):
+        assert main(["signal", "quickstart", *common, str(tmp_path / name), *flags]) == 0
+        found.append(json.loads((tmp_path / name / "signal.json").read_text())["methods"])
+    assert found[0] != found[1]
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [(["--batches", "1"], "batches must be at least 2"), (["--data", "ladder"], "needs exact success probabilities")],
+    [
+        (["--batches", "1"], "batches must be at least 2"),
+        (["--data", "ladder"], "needs exact success probabilities"),
+        (["--methods", "grpo,dapo"], "cannot measure 'dapo', which waits for mixed groups of several batches"),
+        (["--methods", "published-prompt"], "cannot measure 'published-prompt', which learns from the losses"),
+        (["--methods", "published-rollout"], "cannot measure 'published-rollout', which learns from the losses"),
+    ],
 )
 def test_what_cannot_be_measured_is_refused(tmp_path, capsys, flags, message):
     assert main(["signal", "quickstart", *flags, "--out", str(tmp_path / "out")]) == 2

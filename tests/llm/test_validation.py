@@ -56,7 +56,7 @@ def test_validation_is_looked_at_while_training_and_the_test_problems_at_both_en
 
 @pytest.mark.parametrize("step", [0, 2, 4])
 def test_the_best_row_is_of_the_weights_of_its_step(config, tmp_path, monkeypatch, step):
-    """A run that ends at the best step reports the same rates for its last weights; `best/` holds these weights."""
+    """A run that ends at the best step reports the same rates for its last weights; they are kept, alone."""
     measured = trainer.Run._evaluate
 
     def praised(self, split, place):
@@ -72,7 +72,9 @@ def test_the_best_row_is_of_the_weights_of_its_step(config, tmp_path, monkeypatc
         train(replace(config, steps=step), tmp_path / "short")
         expected = rows_of(tmp_path / "short")[1]["last"]
         last = tmp_path / "short" / f"checkpoint-{step:06d}"
-        assert (tmp_path / "run/best/model.safetensors").read_bytes() == (last / "model.safetensors").read_bytes()
+        (best,) = (tmp_path / "run").glob("best-*")
+        assert best.name == f"best-{step:06d}"
+        assert (best / "model.safetensors").read_bytes() == (last / "model.safetensors").read_bytes()
     assert rates(test["best"]) == rates(expected)
     assert rates(test["start"]) != rates(test["last"]), "training must change the rates for this to tell anything"
     assert (rates(test["best"]) == rates(test["last"])) == (step == 4)
@@ -95,12 +97,12 @@ def killed_between_the_renames_of_the_best_weights() -> None:
         pytest.param(lambda: die_at(trainer, "append", 1), id="before-the-first-test"),
         pytest.param(lambda: die_at(trainer, "append", 12), id="after-the-first-checkpoint"),
         pytest.param(lambda: die_at(trainer, "append", 19), id="between-last-and-best"),
-        pytest.param(lambda: die_at(trainer, "save_checkpoint", 1), id="after-the-best-row"),
+        pytest.param(lambda: die_at(trainer, "save_checkpoint", 1), id="before-the-last-checkpoint"),
         pytest.param(killed_between_the_renames_of_the_best_weights, id="while-the-best-weights-are-replaced"),
     ],
 )
 def test_a_killed_run_goes_on_with_the_same_best_weights(config, tmp_path, sabotage, monkeypatch):
-    """Logs, checkpoints and `best/` equal those of an uninterrupted run, and no scraps are left."""
+    """Logs, checkpoints and best weights equal those of an uninterrupted run, and no scraps are left."""
     rising = trainer.Run._evaluate  # every validation is better than the one before: `best` is replaced each time
 
     def praised(self, split, place):
@@ -132,6 +134,29 @@ def test_best_weights_of_before_a_kill_stay_the_best(config, tmp_path, monkeypat
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
+def test_the_best_weights_of_a_checkpoint_outlive_those_of_steps_after_it(config, tmp_path, monkeypatch):
+    """Step 3 is best, the process dies, and step 3 replayed is not (as rounding on a GPU may have it): step 2's are."""
+    measured, best = trainer.Run._evaluate, [2]
+
+    def praised(self, split, place):
+        found = measured(self, split, place)
+        return float(place["step"] in best) * place["step"] if split == "validation" else found
+
+    monkeypatch.setattr(trainer.Run, "_evaluate", praised)
+
+    def dies_at_step_4():
+        best.append(3)
+        die_at(trainer, "append", 14)
+
+    assert fork_and_die(config, tmp_path / "run", dies_at_step_4) == signal.SIGKILL
+    assert {path.name for path in (tmp_path / "run").glob("best-*")} == {"best-000002", "best-000003"}
+    train(config, tmp_path / "run", resume=True)
+    assert rows_of(tmp_path / "run")[1]["best"]["step"] == 2
+    (kept,) = (tmp_path / "run").glob("best-*")
+    at_2 = tmp_path / "run/checkpoint-000002/model.safetensors"
+    assert (kept / "model.safetensors").read_bytes() == at_2.read_bytes()
+
+
 def test_a_disk_that_does_not_take_the_best_weights_is_named(config, tmp_path, monkeypatch):
     """One line, and the part is removed; whatever else goes wrong there is raised as it is."""
 
@@ -140,11 +165,11 @@ def test_a_disk_that_does_not_take_the_best_weights_is_named(config, tmp_path, m
         (folder / "part").write_text("x")
         raise Exception("No space left on device (os error 28)")
 
-    with pytest.raises(UsageError, match=r"cannot write .*best .*os error 28.*make room"):
-        checkpoint.save_best(tmp_path, full)
+    with pytest.raises(UsageError, match=r"cannot write .*best-000001 .*os error 28.*make room"):
+        checkpoint.save_best(tmp_path / "best-000001", full)
     assert not list(tmp_path.iterdir())
     with pytest.raises(ZeroDivisionError):
-        checkpoint.save_best(tmp_path, lambda folder: 1 / 0)
+        checkpoint.save_best(tmp_path / "best-000001", lambda folder: 1 / 0)
 
 
 @pytest.mark.parametrize("data", ["cells", "cells-shared", "cells-light", "cells-heavy", "ladder", "file"])
