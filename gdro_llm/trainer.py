@@ -159,7 +159,7 @@ class Run:
                 "problem from its second time on: more steps or fewer train_problems give it more to act on",
             )
         self.progress = {"step": 0, "rollouts": 0, "tokens": 0}
-        self.best = {"step": 0, "rollouts": 0, "rate": -1.0}  # of the validation problems
+        self.best: dict[str, Any] = {"step": 0, "rollouts": 0, "rate": -1.0}  # of the validation problems
         self.waiting: list[tuple[Rollouts, np.ndarray, np.ndarray]] = []  # mixed groups that do not fill a batch yet
         self._save_due = False
         if checkpoint is not None:
