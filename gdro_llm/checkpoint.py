@@ -278,7 +278,8 @@ def _lock(out: Path) -> IO[str]:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             raise
         raise UsageError(
-            f"{out} is in use by process {holder}; wait until that one is done, stop it, or choose another --out"
+            f"{out} is in use by process {holder}; wait until that one is done, or stop it; to train beside it, choose "
+            "another --out"
         ) from error
     file.truncate(0)
     file.write(f"{os.getpid()} on {socket.gethostname()}\n")

@@ -29,6 +29,7 @@ from functools import cache
 from pathlib import Path
 from textwrap import fill
 from threading import Thread
+from types import FrameType
 from typing import Any, get_type_hints
 
 import matplotlib
@@ -42,7 +43,7 @@ from gdro_llm.checkpoint import write_file
 from gdro_llm.config import CONTROLLERS, RESUMABLE, Config, UsageError
 from gdro_llm.data import CELL_SETS
 from gdro_llm.report import COLOURS, MARKERS, STYLE
-from gdro_llm.stopping import Stopped, StopRequest, stop_requests
+from gdro_llm.stopping import SIGNALS, Stopped, StopRequest, stop_requests
 
 Floats = NDArray[np.float64]
 Place = tuple[str, int]  # label of a method, seed
@@ -142,18 +143,20 @@ def _train_all(
 ) -> Iterator[tuple[Place, BaseException | None]]:
     """Train, `jobs` side by side; each that is complete, or the error of the first that failed.
 
-    After a signal no further run starts, and those in progress save and leave: Ctrl-C reaches all processes of the
-    terminal, SIGTERM is handed on. `fresh` gives every run a process of its own, which gives its GPU memory back.
+    After a signal no further run starts, and those in progress save and leave: it is handed on to their processes,
+    which Ctrl-C reaches anyway. `fresh` gives every run a process of its own, which gives its GPU memory back.
     """
     queue, waiting, told = iter(left.items()), dict[Future[bool], Place](), False
     spawn, tasks = multiprocessing.get_context("spawn"), 1 if fresh else None
-    with ProcessPoolExecutor(jobs, spawn, initializer=_end_with_parent, max_tasks_per_child=tasks) as pool:
+    with ProcessPoolExecutor(jobs, spawn, initializer=_begin_worker, max_tasks_per_child=tasks) as pool:
         while True:
             while len(waiting) < jobs and not stop.received and (following := next(queue, None)):
+                signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a process that starts here begins with them blocked
                 waiting[pool.submit(_train, following[1], folders[following[0]])] = following[0]
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             if not waiting:
                 return
-            if stop.received == signal.SIGTERM and not told:
+            if stop.received and not told:
                 told = True
                 for child in multiprocessing.active_children():
                     child.terminate()
@@ -165,8 +168,18 @@ def _train_all(
                     yield place, None
 
 
-def _end_with_parent() -> None:
-    """A killed `gdro compare` leaves no process behind that trains on; runs survive this."""
+_asked = StopRequest()  # of a process of the pool, from its start to its end
+
+
+def _begin_worker() -> None:
+    """No signal ends a process, which would break the pool; all end with `gdro compare`, which their runs survive."""
+
+    def note(number: int, frame: FrameType | None) -> None:
+        _asked.received = number
+
+    for number in SIGNALS:
+        signal.signal(number, note)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def watch() -> None:
         if (parent := multiprocessing.parent_process()) is not None:
@@ -190,7 +203,9 @@ def _train(config: Config, out: Path) -> bool:
     out.parent.mkdir(parents=True, exist_ok=True)
     with _log(out).open("a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
         try:
-            train(config, out, resume=True, report=False)
+            if _asked.received:
+                return False
+            train(config, out, resume=True, report=False, stop=_asked)
         except Stopped:
             return False
     _drop_weights(out)
@@ -530,6 +545,8 @@ def compare_preset(
     if not config.validation_problems:
         raise UsageError("validation_problems must be above 0: the test problems choose nothing here")
     starts = [model for model in models.split(",") if model] or [config.model]
+    if jobs < 0:
+        raise UsageError(f"jobs must be at least 0 (one on a GPU, else one a core), got {jobs}")
     jobs = jobs or (1 if _has_gpu(config) else max(1, len(os.sched_getaffinity(0))))
     config = replace(config, threads=config.threads or 1) if jobs > 1 else config
     out = out or Path("runs") / f"compare-{config.preset}"

@@ -229,6 +229,8 @@ class Config:
             raise UsageError(f"preserve_objective must be off with controller {self.controller!r}")
         if self.controller == "published-rollout" and self.aggregation != "prompt":
             raise UsageError("controller 'published-rollout' needs aggregation 'prompt', the mean of Eq. 7")
+        if self.thinking and self.prompt_style != "chat":
+            raise UsageError(f"thinking must be off with prompt_style {self.prompt_style!r}: only 'chat' opens a block")
         if self.lora_rank and self.trainable_layers:
             raise UsageError("trainable_layers must be 0 with lora_rank: adapters sit in all layers")
         if (self.overlong == "punish") != (self.overlong_buffer > 0) or self.overlong_buffer >= self.max_new_tokens:
@@ -281,7 +283,7 @@ _LOWEST = {
     "train_problems": 0,
     "test_problems": 1,
     "batch_size": 1,
-    "mean_rollouts": 1,
+    "mean_rollouts": 2,  # one has no advantage over itself
     "min_rollouts": 1,
     "num_bins": 1,
     "max_new_tokens": 1,

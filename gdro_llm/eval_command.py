@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from gdro_llm.checkpoint import find_checkpoint, write_file
 from gdro_llm.config import EVALUATION_KEYS, Config, UsageError, load_preset, printable
-from gdro_llm.data import Problem, load_problems, read_set
+from gdro_llm.data import CELL_SETS, Problem, load_problems, read_set
 from gdro_llm.evaluation import Scores, by_own_pass_rate, score, table, tabulate
 from gdro_llm.grading import Grader
 from gdro_llm.policy import load_policy
@@ -27,7 +27,10 @@ from gdro_llm.report import STYLE
 from gdro_llm.sampling import make_sampler
 from gdro_llm.update import out_of_memory_advice
 
-PRESET_OF = {"cells": "quickstart", "ladder": "smollm2-arith"}  # embedded data: the settings of their preset
+PRESET_OF = {
+    **dict.fromkeys(CELL_SETS, "quickstart"),
+    "ladder": "smollm2-arith",
+}  # embedded data: the settings of their preset
 BENCHMARK = {"grader": "math", "prompt_style": "chat", "max_new_tokens": 4096, "eval_samples": 16}
 TEMPLATES = {"chat": CHAT_TEMPLATE, "plain": BASE_TEMPLATE}
 NOTES = """\
@@ -95,14 +98,17 @@ def _settings(model: str, names: Sequence[str], overrides: dict[str, Any]) -> tu
         trained = Config(**found)
         checkpoint = find_checkpoint(Path(model), trained, resume=True, fresh=False)
         if checkpoint is None:
-            raise UsageError(f"{model} holds no checkpoint yet; wait for step {trained.save_every}, or resume the run")
+            raise UsageError(
+                f"{model} holds no checkpoint; a run of gdro train has its first after step {trained.save_every}, and "
+                "gdro compare keeps none"
+            )
         return replace(trained, **overrides), checkpoint
-    kinds = {name if name in PRESET_OF else "" for name in names}
+    kinds = {PRESET_OF.get(name, "") for name in names}
     if len(kinds) > 1:
         raise UsageError(f"--data {','.join(names)}: embedded data has settings of its own; evaluate it by itself")
     kind = kinds.pop()
     style = overrides.get("prompt_style", BENCHMARK["prompt_style"])
-    settings = load_preset(PRESET_OF[kind]) if kind else {**BENCHMARK, "template": TEMPLATES[style]}
+    settings = load_preset(kind) if kind else {**BENCHMARK, "template": TEMPLATES[style]}
     return Config(**{**settings, "model": model, "trainable_layers": 0, **overrides}), None
 
 

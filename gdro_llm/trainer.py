@@ -49,7 +49,7 @@ from gdro_llm.prompting import drop_long_prompts, prompt_tokens, room_for
 from gdro_llm.report import write_report
 from gdro_llm.sampling import Decoding, Rollouts, Sampler, joined, make_sampler
 from gdro_llm.shapes import Shape, UnknownShape, mfu, shape_of
-from gdro_llm.stopping import Stopped, stop_requests
+from gdro_llm.stopping import Stopped, StopRequest, stop_requests
 from gdro_llm.tracking import Tracker, import_trackers
 from gdro_llm.update import build_optimizer, out_of_memory_advice, sampler_gap, set_learning_rate, update
 from gdro_llm.workers import Workers, failures_noted, start_workers, stop_workers
@@ -58,8 +58,19 @@ Batch = tuple[Rollouts, np.ndarray, np.ndarray, np.ndarray]  # and advantages, s
 REPORT_EVERY = 60.0  # the report is written anew after an evaluation, but not more often [s]
 
 
-def train(config: Config, out: Path, *, resume: bool = False, fresh: bool = False, report: bool = True) -> None:
-    """Train one policy into the run directory `out`, with a report if wanted; see `gdro train --help`."""
+def train(
+    config: Config,
+    out: Path,
+    *,
+    resume: bool = False,
+    fresh: bool = False,
+    report: bool = True,
+    stop: StopRequest | None = None,
+) -> None:
+    """Train one policy into the run directory `out`, with a report if wanted; see `gdro train --help`.
+
+    A signal that `stop` notes ends the run after a step; without `stop`, signals are handled from the first step on.
+    """
     with ExitStack() as cleanup, failures_noted(), out_of_memory_advice(config, training=True):
         cleanup.callback(stop_workers)
         run = Run(config, out, cleanup, resume=resume, fresh=fresh, report=report)
@@ -69,7 +80,7 @@ def train(config: Config, out: Path, *, resume: bool = False, fresh: bool = Fals
             run.evaluate()
             if run.validation_problems:
                 run.evaluate_test("start")
-        stop = cleanup.enter_context(stop_requests())
+        stop = stop or cleanup.enter_context(stop_requests())
         for step in run.steps():
             clock = Clock(policy.device)
             with clock("controller"):

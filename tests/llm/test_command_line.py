@@ -65,6 +65,8 @@ def refused(tmp_path, tiny_model, capsys):
         ("min_rollouts = 5", r"min_rollouts <= mean_rollouts <= max_rollouts, got 5 <= 4 <= 12"),
         ("min_rollouts = 9\nmax_rollouts = 3", r"got 9 <= 4 <= 3"),
         ("max_rollouts = 3", r"got 2 <= 4 <= 3"),
+        ("mean_rollouts = 1\nmin_rollouts = 1", r"mean_rollouts must be at least 2, got 1"),
+        ("thinking = true", r"thinking must be off with prompt_style 'plain'"),
         ("minibatches = 3", r"minibatches must divide batch_size = 4, got 3"),
         ("controller = 'ppo'", r"controller must be one of grpo, recommended,.*got 'ppo'"),
         ("dtype = 'float16'", r"dtype must be one of float32, bfloat16, got 'float16'"),

@@ -5,6 +5,7 @@ import csv
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import literal
@@ -511,6 +513,7 @@ def test_a_comparison_goes_on_where_it_was_killed(compared, tmp_path):
         (["--validation-problems", "0"], ["grpo", "joint"], "validation_problems must be above 0"),
         (["--learning-rate", "0.5"], ["grpo", JOINT], "was run with another learning_rate; choose another --out"),
         (["--test-problems", "49"], ["grpo", JOINT], "was run with another test_problems"),
+        (["--jobs", "-1"], ["grpo", "joint"], "jobs must be at least 0 (one on a GPU, else one a core), got -1"),
         (["--models", "elsewhere"], ["grpo", JOINT], "was run with another model"),
         (["--adversary", "cvar"], ["grpo", "joint"], "adversary changes nothing with controller 'grpo'"),
     ],
@@ -539,6 +542,18 @@ def test_a_run_that_fails_is_named_with_its_log(tmp_path, capsys):
     assert not (tmp_path / "out/comparison.json").exists()
 
 
+def test_no_signal_ends_a_process_of_the_pool(tmp_path):
+    """An idle one that died would break the pool under the others; asked to stop, it begins no run."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, initializer=compare._begin_worker) as pool:
+        worker = pool.submit(os.getpid).result(60)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(worker, number)
+            assert pool.submit(os.getpid).result(60) == worker
+        assert pool.submit(compare._train, Config(), tmp_path / "out/run").result(60) is False
+    assert not (tmp_path / "out/run").exists()
+
+
 def running(process: int) -> bool:
     """Whether a process is there and not a zombie."""
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
@@ -548,10 +563,19 @@ def running(process: int) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks /proc for processes")
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_comparison_that_is_stopped_leaves_no_process_and_goes_on(compared, tmp_path, number):
-    """Killed alone, or interrupted from the terminal with all its processes, in the first of four runs."""
-    arguments = command(tmp_path / "out", "--jobs", "1", methods=LABELS[:2])
+@pytest.mark.parametrize(
+    ("number", "all_of_them"),
+    [
+        (signal.SIGKILL, False),
+        (signal.SIGINT, True),
+        (signal.SIGINT, False),
+        (signal.SIGTERM, True),
+        (signal.SIGTERM, False),
+    ],
+)
+def test_a_comparison_that_is_stopped_leaves_no_process_and_goes_on(compared, tmp_path, number, all_of_them):
+    """Killed alone; asked to stop, alone or (Ctrl-C in a terminal) with all its processes: two of four runs begun."""
+    arguments = command(tmp_path / "out", "--jobs", "2", methods=LABELS[:2])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     with (tmp_path / "said").open("w") as said:
         process = subprocess.Popen(
@@ -568,11 +592,11 @@ def test_a_comparison_that_is_stopped_leaves_no_process_and_goes_on(compared, tm
         assert time.monotonic() < deadline
         time.sleep(0.1)
     worker = int((log.parent / ".lock").read_text().split()[0])
-    os.kill(process.pid, number) if number == signal.SIGKILL else os.killpg(process.pid, number)
+    (os.killpg if all_of_them else os.kill)(process.pid, number)
     code = process.wait(120)
-    assert code == (-9 if number == signal.SIGKILL else 130)
+    assert code == (-9 if number == signal.SIGKILL else 128 + number), (tmp_path / "said").read_text()
     while running(worker):
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    assert [path.name for path in (tmp_path / "out/runs").glob("*/*") if path.is_dir()] == ["0"]
-    assert bool(list(log.parent.glob("checkpoint-*"))) == (number == signal.SIGINT), "asked to stop, it saves"
+    assert {path.name for path in (tmp_path / "out/runs").glob("*/*") if path.is_dir()} == {"0"}
+    assert bool(list(log.parent.glob("checkpoint-*"))) == (number != signal.SIGKILL), "asked to stop, it saves"

@@ -171,12 +171,14 @@ def test_without_a_run_the_settings_suit_the_data(monkeypatch, tmp_path, two_set
     monkeypatch.chdir(tmp_path)
     for data, flags in (
         ("cells", []),
+        ("cells-shared", []),
         ("ladder", []),
         (two_sets[0], []),
         (two_sets[0], ["--grader", "number", "--prompt-style", "plain"]),
     ):
         assert main(["eval", str(tiny_model), "--data", data, *flags]) == 130
-    cells, ladder, plain, changed = found
+    cells, shared, ladder, plain, changed = found
+    assert shared == cells
     assert (cells.grader, cells.max_new_tokens, cells.eval_samples, cells.threads) == ("exact", 14, 8, 1)
     assert (ladder.grader, ladder.stop, ladder.trainable_layers) == ("number", "\n", 0)
     assert (plain.grader, plain.prompt_style, plain.max_new_tokens, plain.eval_samples) == ("math", "chat", 4096, 16)
@@ -217,7 +219,10 @@ def test_models_and_folders_that_cannot_be_used_are_named(gdro_eval, tmp_path, r
     (tmp_path / "run").mkdir()
     config = json.loads(run_config().to_json())
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
-    assert "holds no checkpoint yet; wait for step 2" in gdro_eval("cells", model=tmp_path / "run")[1].err
+    assert (
+        "holds no checkpoint; a run of gdro train has its first after step 2"
+        in gdro_eval("cells", model=tmp_path / "run")[1].err
+    )
     (tmp_path / "run" / "config.json").write_text(json.dumps({**config, "extra": 1}))
     assert "unknown key 'extra'" in gdro_eval("cells", model=tmp_path / "run")[1].err
     (tmp_path / "run" / "config.json").write_text("{")
