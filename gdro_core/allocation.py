@@ -70,7 +70,7 @@ def sqrt_allocation(
     counts = low.copy()
     active = deviation > 0
     reach = float(q[used & active] @ high[used & active] + q[~active] @ low[~active])
-    if active.any() and n_bar <= reach:
+    if active.any() and n_bar <= reach + slack:
         counts[active] = _water_fill(
             deviation[active], q[active], low[active], high[active], n_bar - float(q[~active] @ low[~active])
         )

@@ -18,6 +18,8 @@ from gdro_core.grpo import gradient_weight
 from gdro_core.prompt_game import PromptGDRO, prompt_payoff
 from gdro_core.rollout_game import RolloutGDRO
 
+PATIENCE = 10  # batches observed without any losses until a controller that needs them complains
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -172,6 +174,7 @@ class GDROController:
         self.seed = integer("seed", seed, 0)
         self._mean_rollouts = None if mean_rollouts is None else integer("mean_rollouts", mean_rollouts, 1)
         self._step = 0
+        self._unfed: int | None = 0  # observations since the start or the restart; None once losses have come
 
     @classmethod
     def uniform(cls, mean_rollouts: int, *, num_bins: int = 10, seed: int = 0) -> GDROController:
@@ -276,7 +279,13 @@ class GDROController:
 
         Raises:
             ValueError: ids empty or not unique, or a budget that cannot be met.
+            RuntimeError: a controller that `needs_losses` observed ten batches and was never given any.
         """
+        if self.needs_losses and self._unfed is not None and self._unfed >= PATIENCE:
+            raise RuntimeError(
+                f"published games learn from the update's losses alone, and none came in {self._unfed} batches: call "
+                "observe_losses(plan, losses) after each update, or use GDROController.recommended"
+            )
         names = unique_ids(ids)
         bins = self.classifier.bins(names)
         weights = np.ones(len(names)) if self.prompt is None else self.prompt.weights(bins)
@@ -298,8 +307,8 @@ class GDROController:
     def observe(self, plan: Plan, rewards: ArrayLike | Observation) -> dict[str, Any]:
         """Learn from the graded rollouts of a plan.
 
-        Batches may be observed late, after further plans were made: what is learnt then is the same, and the regret of
-        the adversaries grows by the delay term of `regret.delayed_hedge_bound` (theorem 12).
+        Batches may be observed late, after further plans were made: what each teaches is the same. What delay costs is
+        proved for Hedge on bounded losses of all arms (`regret.delayed_hedge_bound`, theorem 12), not for the others.
 
         Args:
             plan: what `plan` returned for this batch.
@@ -324,6 +333,8 @@ class GDROController:
             )
         self.classifier.observe(plan.ids, seen.correct, seen.trials)
         self._step += 1
+        if self._unfed is not None:
+            self._unfed += 1
         return self.metrics(seen)
 
     @property
@@ -345,6 +356,7 @@ class GDROController:
             self.rollout.observe(plan.bins, plan.counts, loss)
         if self.prompt is not None and self.prompt.payoff == "surrogate":
             self.prompt.observe(plan.bins, loss)
+        self._unfed = None
 
     def metrics(self, observation: Observation) -> dict[str, Any]:
         """What a step did, per bin (lists of B, None for a bin without prompts) and in all.
@@ -417,7 +429,7 @@ class GDROController:
                 if part is not None:
                     part.load_state_dict(before[name])
             raise
-        self._step = step
+        self._step, self._unfed = step, 0
 
     def _settings(self) -> dict[str, Any]:
         names = ("seed", "joint", "preserve_objective")

@@ -54,11 +54,13 @@ class PromptGDRO:
     - `"cvar"`: q <= r / alpha, `"chi-square"`: D(q || r) <= rho; best responses to the same score (module
       `ambiguity`).
     - `"hedge"`: q*_b ~ e^{-eta L_b} on losses cumulated over all rounds, no-regret (theorem 4). A bin is observed when
-      the batch holds one of its prompts, which has probability o_b = 1 - (1 - p_b)^N, so that
+      the batch holds one of its N prompts, which has probability o_b = 1 - (1 - p_b)^N, so that
 
           L_b <- L_b + 1{b present} (c - l_b) / o_b,     c the greatest payoff,
 
       is unbiased but for the estimate of p_b (`Hedge` states both errors): a rare bin is not forgotten while absent.
+      This p_b is (1 + its prompts) / (B + all prompts) over all earlier batches: a moving share would take a bin that
+      has just shown up for a common one. Where shares drift, o_b lags.
     - `"exp3-ix"`: the same with o_b + eta/2, implicit exploration (Kocak et al. 2014; Neu 2015): a little bias for a
       bounded variance, and a bound with high probability.
 
@@ -143,6 +145,7 @@ class PromptGDRO:
             self._hedge = Hedge(self.num_bins, self.step_size)
         self._score, self._score_weight = np.zeros(self.num_bins), np.zeros(self.num_bins)
         self._share, self._share_weight = np.zeros(self.num_bins), 0.0
+        self._drawn = np.zeros(self.num_bins)
 
     @property
     def scores(self) -> Floats:
@@ -216,11 +219,13 @@ class PromptGDRO:
         self._share += self.ema * (share - self._share)
         self._share_weight += self.ema * (1.0 - self._share_weight)
         if self._hedge is not None:
-            chance = -np.expm1(b.size * np.log1p(-np.minimum(self.share[there], 1.0 - 1e-16)))  # o_b
+            past = (1.0 + self._drawn[there]) / (self.num_bins + self._drawn.sum())
+            chance = -np.expm1(b.size * np.log1p(-np.minimum(past, 1.0 - 1e-16)))  # o_b
             implicit = self.step_size / 2.0 if self.adversary == "exp3-ix" else 0.0
             losses = np.zeros(self.num_bins)
             losses[there] = (greatest - mean) / (chance + implicit)
             self._hedge.update(losses)
+        self._drawn += size
         if self.share_normalised:
             mean = mean / np.maximum(share[there], 0.01)
         self._score[there] += self.ema * (mean - self._score[there])
@@ -234,26 +239,28 @@ class PromptGDRO:
             "score_weight": self._score_weight.tolist(),
             "share": self._share.tolist(),
             "share_weight": float(self._share_weight),
+            "drawn": self._drawn.tolist(),
             "hedge": None if self._hedge is None else self._hedge.state_dict(),
         }
 
     def load_state_dict(self, found: Mapping[str, Any]) -> None:
         """Continue from `state_dict()` of a game with the same settings; on ValueError nothing has changed."""
-        memory = ("score", "score_weight", "share", "share_weight", "hedge")
+        memory = ("score", "score_weight", "share", "share_weight", "drawn", "hedge")
         state("PromptGDRO", found, self._settings(), memory)
         shape = (self.num_bins,)
         score = floats("score", found["score"], shape)
         score_weight = floats("score_weight", found["score_weight"], shape, 0.0, 1.0)
         share = floats("share", found["share"], shape, 0.0, 1.0)
         share_weight = number("share_weight", found["share_weight"], 0.0, 1.0)
+        drawn = floats("drawn", found["drawn"], shape, 0.0)
         if self._hedge is not None:
             self._hedge.load_state_dict(found["hedge"])
         self._score, self._score_weight = score.copy(), score_weight.copy()
-        self._share, self._share_weight = share.copy(), share_weight
+        self._share, self._share_weight, self._drawn = share.copy(), share_weight, drawn.copy()
 
     def _settings(self) -> dict[str, Any]:
         names = ("num_bins", "payoff", "adversary", "step_size", "alpha", "rho", "ema", "exploration", "max_weight")
         return {
-            "version": 1,
+            "version": 2,
             **{name: getattr(self, name) for name in (*names, "reference", "weighting", "share_normalised")},
         }

@@ -141,6 +141,18 @@ def test_sqrt_allocation_at_the_limits(variance, budget, options, expected):
 
 
 @given(SEEDS)
+def test_sqrt_allocation_at_a_bound_that_rounding_exceeds(seed):
+    """A budget of all upper or lower bounds, a rounding error apart, gives just these."""
+    rng = np.random.default_rng(seed)
+    variance, _, options = boxed_instance(rng)
+    for bound in ("lower", "upper"):
+        budget = float(options["share"] @ options[bound])
+        for near in (budget, np.nextafter(budget, np.inf), np.nextafter(budget, 0.0)):
+            np.testing.assert_allclose(sqrt_allocation(variance, near, **options), options[bound], rtol=0, atol=1e-9)
+    np.testing.assert_allclose(sqrt_allocation([1, 1], 0.1 + 0.2, upper=0.3), 0.3)
+
+
+@given(SEEDS)
 def test_joint_law_and_the_price_of_decoupling(seed):
     """F7: n ∝ ω√v minimises the weighted variance; n ∝ √v costs 1 + CV²(ω) times that, measured by q√v."""
     rng = np.random.default_rng(seed)

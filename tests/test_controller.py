@@ -240,6 +240,22 @@ def test_published_has_the_papers_hyper_parameters():
     assert not controller.joint
 
 
+@pytest.mark.parametrize("games", [{"prompt": True, "rollout": False}, {"prompt": False, "rollout": True}])
+def test_published_games_complain_when_no_losses_ever_come(games):
+    """Without `observe_losses` they would plan as if nothing had been learnt; late losses are no complaint."""
+    late, never = GDROController.published(4, **games), GDROController.published(4, **games)
+    for _ in range(10):
+        for controller in (late, never):
+            plan = controller.plan(IDS)
+            controller.observe(plan, np.ones(plan.owner.size))
+    late.observe_losses(plan, np.zeros(len(IDS)))
+    for _ in range(20):
+        plan = late.plan(IDS)
+        late.observe(plan, np.ones(plan.owner.size))
+    with pytest.raises(RuntimeError, match=r"none came in 10 batches: call observe_losses\(plan, losses\)"):
+        never.plan(IDS)
+
+
 def test_recommended_play_leans_to_hard_prompts():
     """After 60 steps the hardest fifth has more weight and the uncertain middle more rollouts than the easiest."""
     controller = trained(MAKERS["recommended prompt=True rollout=True"], 60)
