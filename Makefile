@@ -35,10 +35,10 @@ test-all: lint .venv/vllm  ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 test-trl: .venv-trl/installed  ## the adapter for TRL, in an environment of its own (TRL 1.16 wants an older vLLM than ours)
-	OMP_NUM_THREADS=1 .venv-trl/bin/python -m pytest tests/llm/test_trl.py tests/llm/test_contract.py
+	OMP_NUM_THREADS=1 .venv-trl/bin/python -m pytest tests/llm/integrations/test_trl.py tests/llm/integrations/test_contract.py
 
 test-verl: .venv-verl/installed  ## the adapter for verl, in an environment of its own (2 GB, some minutes the first time)
-	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest -W default tests/verl tests/llm/test_contract.py
+	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest -W default tests/verl tests/llm/integrations/test_contract.py
 
 .venv-verl/installed: requirements-verl.txt pyproject.toml
 	$(PYTHON) -m venv .venv-verl

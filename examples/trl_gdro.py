@@ -6,9 +6,9 @@ from trl import GRPOConfig
 
 from gdro_core import GDROController
 from gdro_llm.config import Config
-from gdro_llm.data import load_problems
+from gdro_llm.engine.policy import EMBEDDED
 from gdro_llm.integrations.trl import GDROTrainer, add_prompt_ids
-from gdro_llm.policy import EMBEDDED
+from gdro_llm.problems.load import load_problems
 
 
 def correct(completions: list[str], answers: list[list[str]], **_: object) -> list[float]:

@@ -8,10 +8,13 @@ All public names stand here; each module is one idea and opens with the problem 
 
 from gdro_core.allocation import greedy_allocation, sqrt_allocation
 from gdro_core.ambiguity import BestResponse, chi_square, cvar, entropic
-from gdro_core.bandits import Exp3, Exp3IX, Exp3P, Exp3S, Hedge, TsallisINF
 from gdro_core.controller import GDROController, Observation, Plan
 from gdro_core.difficulty import OnlineDifficultyClassifier
-from gdro_core.estimators import (
+from gdro_core.grpo import decoupling_price, gradient_variance, gradient_weight, mixed_group_probability
+from gdro_core.prompt_game import PromptGDRO, prompt_payoff
+from gdro_core.rollout_game import RolloutGDRO, rollout_utility
+from gdro_core.theory.bandits import Exp3, Exp3IX, Exp3P, Exp3S, Hedge, TsallisINF
+from gdro_core.theory.estimators import (
     MeanAtK,
     catoni_mean,
     deviation_bound,
@@ -20,18 +23,16 @@ from gdro_core.estimators import (
     pass_at_k,
     truncated_mean,
 )
-from gdro_core.grpo import decoupling_price, gradient_variance, gradient_weight, mixed_group_probability
-from gdro_core.neyman import ClipOGD, PlugInNeyman, neyman_regret
-from gdro_core.paths import (
+from gdro_core.theory.neyman import ClipOGD, PlugInNeyman, neyman_regret
+from gdro_core.theory.paths import (
     allocation_marginals,
     exact_budget_allocation,
     path_learning_rate,
     path_regret_bound,
     sample_budget_allocation,
 )
-from gdro_core.price import ShadowPrice, hard_budget_regret_bound, violation_bound
-from gdro_core.prompt_game import PromptGDRO, prompt_payoff
-from gdro_core.regret import (
+from gdro_core.theory.price import ShadowPrice, hard_budget_regret_bound, violation_bound
+from gdro_core.theory.regret import (
     best_in_hindsight,
     delayed_hedge_bound,
     duality_gap,
@@ -47,7 +48,6 @@ from gdro_core.regret import (
     tracking_complexity,
     tsallis_inf_bound,
 )
-from gdro_core.rollout_game import RolloutGDRO, rollout_utility
 
 __all__ = [
     "BestResponse",

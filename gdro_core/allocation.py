@@ -1,7 +1,7 @@
 """How to spend a budget of rollouts: the square-root law, and the exact integer optimum at unit cost.
 
 One problem throughout: maximise a separable utility of the counts n_i under a budget that must be met exactly. Where
-all prompts of a bin share a count, `gdro_core.paths` solves it.
+all prompts of a bin share a count, `gdro_core.theory.paths` solves it.
 """
 
 from __future__ import annotations

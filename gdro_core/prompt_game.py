@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 
 from gdro_core._validate import Floats, choice, floats, integer, integers, number, state
 from gdro_core.ambiguity import chi_square, cvar, entropic
-from gdro_core.bandits import Hedge
+from gdro_core.theory.bandits import Hedge
 
 PAYOFFS = ("error", "learnability", "surrogate")
 GREATEST = {"error": 1.0, "learnability": 2.0}  # learnability reaches 2 at one success of two

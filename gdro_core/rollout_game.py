@@ -11,13 +11,13 @@ from numpy.typing import ArrayLike
 
 from gdro_core._validate import Floats, Ints, choice, floats, integer, integers, number, state
 from gdro_core.allocation import greedy_allocation
-from gdro_core.paths import (
+from gdro_core.theory.paths import (
     allocation_marginals,
     exact_budget_allocation,
     path_learning_rate,
     sample_budget_allocation,
 )
-from gdro_core.price import ShadowPrice
+from gdro_core.theory.price import ShadowPrice
 
 UTILITIES = ("variance", "mixed", "hit", "surrogate")
 FEEDBACKS = ("full", "bandit", "published")

@@ -19,7 +19,7 @@ from gdro_llm.config import (
     preset_names,
     printable,
 )
-from gdro_llm.stopping import Stopped
+from gdro_llm.training.stopping import Stopped
 
 DESCRIPTION = """\
 Train a language model by GRPO, steered by group distributionally robust controllers.
@@ -233,7 +233,7 @@ def _fails_first() -> bool:
     """Whether it is on this process to say why the command ends."""
     if _processes() == 1:
         return True
-    from gdro_llm.workers import fails_first
+    from gdro_llm.engine.workers import fails_first
 
     return fails_first()
 
@@ -249,7 +249,7 @@ def _train(preset: str, out: Path | None, resume: bool, fresh: bool, **overrides
     out = out or Path("runs") / f"{config.preset}-{config.controller}"
     from transformers.utils import logging
 
-    from gdro_llm.trainer import train
+    from gdro_llm.training.trainer import train
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -261,7 +261,7 @@ def _train(preset: str, out: Path | None, resume: bool, fresh: bool, **overrides
 def _evaluate(model: str, data: str, out: Path | None, **overrides: object) -> None:
     from transformers.utils import logging
 
-    from gdro_llm.eval_command import evaluate_model
+    from gdro_llm.measuring.eval import evaluate_model
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -269,7 +269,7 @@ def _evaluate(model: str, data: str, out: Path | None, **overrides: object) -> N
 
 
 def _report(runs: list[Path], out: Path | None) -> None:
-    from gdro_llm.report import summary_table, write_report
+    from gdro_llm.measuring.report import summary_table, write_report
 
     try:
         path = write_report(runs, out or runs[-1])
@@ -279,7 +279,7 @@ def _report(runs: list[Path], out: Path | None) -> None:
 
 
 def _plan_memory(preset: str, gpu_memory: float, gpus: int, **overrides: object) -> None:
-    from gdro_llm.memory import check_fits, table
+    from gdro_llm.engine.memory import check_fits, table
 
     config = Config(**{**load_preset(preset), **overrides})
     for name, value in (("--gpu-memory", gpu_memory), ("--gpus", gpus)):
@@ -292,14 +292,14 @@ def _plan_memory(preset: str, gpu_memory: float, gpus: int, **overrides: object)
 def _compare(
     preset: str, methods: str, seeds: int, models: str, jobs: int, out: Path | None, **overrides: object
 ) -> None:
-    from gdro_llm.compare import compare_preset
+    from gdro_llm.measuring.compare import compare_preset
 
     compare_preset(preset, methods, seeds, models, out, jobs, overrides)
 
 
 def _signal(preset: str, methods: str, warm_up: int, batches: int, out: Path, **overrides: object) -> None:
-    from gdro_llm.compare import Method
-    from gdro_llm.signal_to_noise import measure, table
+    from gdro_llm.measuring.compare import Method
+    from gdro_llm.measuring.signal import measure, table
 
     config = Config(**{**load_preset(preset), **overrides})
     print(table(measure(config, [Method.parse(text) for text in methods.split(",")], warm_up, batches, out)))
@@ -318,7 +318,7 @@ def _presets(name: str | None) -> None:
 
 
 def _warm_start(testbed: str, size: str, out: Path, seed: int) -> None:
-    from gdro_llm.warm_start import warm_start
+    from gdro_llm.training.warm_start import warm_start
 
     warm_start(out, seed, testbed=testbed, size=size)
 

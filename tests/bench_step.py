@@ -4,7 +4,7 @@ Builds the architecture with random weights in a temporary folder, so nothing is
 random prompts: controller, sampler, update. Rewards are coin flips of each prompt's own chance, so that most groups
 have a signal. A random model hardly ever ends by itself: every completion has the greatest length, the worst case.
 Prints one line of JSON: seconds by phase, tokens a second, MFU of the update, the controller's share of the step, peak
-memory by phase on CUDA beside the estimate of `gdro_llm.memory`. The first step warms up and is left out.
+memory by phase on CUDA beside the estimate of `gdro_llm.engine.memory`. The first step warms up and is left out.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from gdro_llm.config import Config
-from gdro_llm.memory import estimate
-from gdro_llm.objective import group_advantages, rollout_scale
-from gdro_llm.policy import load_policy
-from gdro_llm.sampling import Decoding, make_sampler
-from gdro_llm.shapes import QWEN3, Shape, flops_per_token, mfu
-from gdro_llm.trainer import build_controller
-from gdro_llm.update import build_optimizer, update
+from gdro_llm.engine.memory import estimate
+from gdro_llm.engine.policy import load_policy
+from gdro_llm.engine.rollouts import Decoding
+from gdro_llm.engine.sampler import make_sampler
+from gdro_llm.engine.shapes import QWEN3, Shape, flops_per_token, mfu
+from gdro_llm.training.losses import group_advantages, rollout_scale
+from gdro_llm.training.trainer import build_controller
+from gdro_llm.training.update import build_optimizer, update
 
 SHAPES = {name.removeprefix("Qwen/").lower(): shape for name, shape in QWEN3.items()}
 SHAPES["tiny"] = Shape(64, 192, 2, 4, 2, 16, 512, tie_word_embeddings=True)

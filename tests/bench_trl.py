@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from gdro_llm.config import Config, load_preset
-from gdro_llm.data import batch_indices, load_problems
-from gdro_llm.grading import grade_exact
-from gdro_llm.policy import EMBEDDED
+from gdro_llm.engine.policy import EMBEDDED
+from gdro_llm.problems.load import batch_indices, load_problems
+from gdro_llm.problems.rewards import grade_exact
 
 WARM_UP = 2
 

@@ -42,7 +42,7 @@ from trl import GRPOTrainer
 
 from gdro_core import GDROController, Observation, Plan
 from gdro_llm.config import UsageError
-from gdro_llm.objective import group_advantages, rollout_scale
+from gdro_llm.training.losses import group_advantages, rollout_scale
 
 TESTED = "1.16.0"  # with transformers 5.19, accelerate 1.15, torch 2.13; one and two processes
 ID = "prompt_id"
@@ -131,7 +131,7 @@ class GDROTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is not installed ev
         if trl.__version__ != TESTED:
             warnings.warn(
                 f"gdro_llm.integrations.trl wraps private methods of TRL and was tested with {TESTED}, this is "
-                f"{trl.__version__}: run tests/llm/test_trl.py, or pip install trl=={TESTED}",
+                f"{trl.__version__}: run tests/llm/integrations/test_trl.py, or pip install trl=={TESTED}",
                 stacklevel=2,
             )
         given = inspect.signature(GRPOTrainer).bind(*positional, **named).arguments

@@ -41,10 +41,10 @@ from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
 from verl.utils import tensordict_utils
 
 from gdro_core import GDROController, Observation, Plan
-from gdro_llm.checkpoint import write_file
 from gdro_llm.config import UsageError
-from gdro_llm.objective import rollout_scale
-from gdro_llm.tracking import flatten
+from gdro_llm.training.checkpoint import write_file
+from gdro_llm.training.losses import rollout_scale
+from gdro_llm.training.tracking import flatten
 
 TESTED = "0.9.1"  # with transformers 5.10, torch 2.13; without a GPU
 MODE = "gdro_sync"

@@ -44,7 +44,11 @@ PROMPTS: dict[str, dict[str, Any] | None] = {
 }
 UTILITIES = ("variance", "mixed", "hit")
 DISCOUNTS = (0.5, 0.8, 0.9)
-RECOMMENDED = ("entropic η=2", "variance", 0.8)  # `GDROController.recommended`, asserted in tests/test_tuning.py
+RECOMMENDED = (
+    "entropic η=2",
+    "variance",
+    0.8,
+)  # `GDROController.recommended`, asserted in tests/simulations/test_tuning.py
 Choice = tuple[str, str, float]
 CHOICES: tuple[Choice, ...] = tuple(product(PROMPTS, UTILITIES, DISCOUNTS))
 

@@ -15,9 +15,9 @@ from tqdm import tqdm
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging
 
-from gdro_llm.cells import character_tokenizer
 from gdro_llm.config import Config
-from gdro_llm.policy import EMBEDDED, Policy, load_policy
+from gdro_llm.engine.policy import EMBEDDED, Policy, load_policy
+from gdro_llm.problems.cells import character_tokenizer
 
 torch.set_num_threads(1)  # more threads spin against each other on models this small
 logging.disable_progress_bar()

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gdro_llm import evaluation
 from gdro_llm.config import Config
-from gdro_llm.grading import Grader
-from gdro_llm.policy import Policy
-from gdro_llm.sampling import Decoding, HFSampler, Rollouts
+from gdro_llm.engine.policy import Policy
+from gdro_llm.engine.rollouts import Decoding, Rollouts
+from gdro_llm.engine.transformers import HFSampler
+from gdro_llm.problems.rewards import Grader
+from gdro_llm.training import evaluation
 
 PROMPTS = ["12+3=", "s5=", "M12,40,7=", "7*8=", "d123="]  # lengths 3 to 9
 

@@ -10,8 +10,8 @@ import pytest
 from gdro_core import GDROController
 from gdro_llm.cli import main
 from gdro_llm.config import PRESETS, Config, load_preset, preset_names
-from gdro_llm.memory import check_fits, estimate, summary
-from gdro_llm.objective import group_advantages
+from gdro_llm.engine.memory import check_fits, estimate, summary
+from gdro_llm.training.losses import group_advantages
 
 QWEN = [name for name in preset_names() if name.startswith("qwen3-")]
 PUBLISHED = [name for name in QWEN if name.endswith("-published")]

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from gdro_core import GDROController
 from gdro_llm.config import Config
-from gdro_llm.data import load_problems
+from gdro_llm.problems.load import load_problems
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "verl_gdro.sh"
 STEPS = 4

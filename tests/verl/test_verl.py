@@ -19,7 +19,7 @@ from verl.utils.config import omega_conf_to_dataclass
 from gdro_core import GDROController, Observation
 from gdro_llm.config import UsageError
 from gdro_llm.integrations.verl import LOSSES, Pending, Settings, prompt_ids
-from gdro_llm.objective import group_advantages, rollout_scale
+from gdro_llm.training.losses import group_advantages, rollout_scale
 
 STEPS = ("trainer.total_training_steps=8", "+gdro.max_rollouts=8", "+gdro.seed=3")  # every prompt comes twice
 

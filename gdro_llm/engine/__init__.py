@@ -1,0 +1,1 @@
+"""The language model: weights, sampling, log-probabilities, processes, memory."""

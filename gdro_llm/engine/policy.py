@@ -1,0 +1,344 @@
+"""The language model: load it, hand its weights on, save it.
+
+Dimension suffixes, here and in all of gdro_llm: _P prompts, _R rollouts (flat, ragged: `counts_P[i]` rows of prompt i),
+_T tokens of a completion, _S tokens of a whole row, _N tokens side by side, _H hidden, _V vocabulary.
+
+1. Weights are float32; with `dtype = "bfloat16"` matrix products run in bfloat16 (`Policy.autocast`, or FSDP's casts
+   under torchrun). With adapters (LoRA) the frozen weights are kept in `dtype`, the adapters in float32.
+2. With adapters a saved policy is the merged model, for others, and the adapters, to go on training exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from gdro_llm.config import Config, UsageError
+from gdro_llm.engine.scoring import TokenLogprobs, run_prompts
+from gdro_llm.engine.workers import ALONE, Workers, full, reshard, shard
+
+EMBEDDED = Path(__file__).parents[1] / "assets" / "quickstart"
+ADAPTERS = "adapters.safetensors"  # beside the merged model in a folder of `Policy.save`
+
+
+@dataclass
+class Policy:
+    """A causal language model with its tokenizer. Under torchrun its weights are sharded, see `workers`."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: torch.Tensor  # token ids that end a completion
+    temperature: float
+    source: str = ""  # folder or hub name that `model` was loaded from (with adapters: their base)
+    compute: torch.dtype = torch.float32
+    start: TokenLogprobs | None = None  # frozen copy of the policy that training started from, if the KL needs one
+    workers: Workers = ALONE
+    scorer: TokenLogprobs = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.scorer = TokenLogprobs(self.model, self.temperature, self.compute)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return self.model.device
+
+    def autocast(self) -> torch.autocast:
+        """Context for forward passes of `model`: matrix products run in the configured `dtype`."""
+        return self.scorer.autocast()
+
+    @contextmanager
+    def reference(self) -> Iterator[TokenLogprobs]:
+        """The policy that training started from: the frozen copy, or the model with its adapters scaled to nothing."""
+        if self.start is not None:
+            yield self.start
+            return
+        adapted = [module for _, module in _adapted(self.model)]
+        if not adapted:
+            raise RuntimeError("this policy was loaded without a reference: kl_coef was 0")
+        for module in adapted:
+            module.set_scale("default", 0.0)
+        try:
+            yield self.scorer
+        finally:
+            for module in adapted:
+                module.set_scale("default", 1.0)
+
+    def named_weights(self, *, tied: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every weight by its Hugging Face name, adapters merged, whole (gathered by all processes together), detached.
+
+        Tied weights come once, or with `tied` under each of their names.
+        Adapters are merged in float32 into a new tensor: the model is not touched.
+        """
+        layers = dict(_adapted(self.model))
+        seen: set[int] = set()
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            if ".lora_" in name or (id(tensor) in seen and not tied):
+                continue
+            seen.add(id(tensor))
+            owner, _, last = name.rpartition(".base_layer.")
+            weight = full(tensor.detach())
+            if owner and last == "weight":
+                layer = layers[owner]
+                up, down = (full(part["default"].weight.detach()).float() for part in (layer.lora_B, layer.lora_A))
+                weight = weight.float() + layer.scaling["default"] * (up @ down)
+            yield name.replace(".base_layer.", "."), weight
+
+    def save(self, folder: Path) -> None:
+        """Write model (adapters merged) and tokenizer in Hugging Face format, and the adapters on their own beside it.
+
+        All processes call it; the first one writes.
+        """
+
+        def mine(weights: Iterator[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+            first = self.workers.rank == 0  # the others take part in the gathering and keep nothing
+            return {name: weight.cpu().contiguous() for name, weight in weights if first}
+
+        whole = mine(self.named_weights())
+        adapters = mine((n, full(p.detach())) for n, p in self.model.named_parameters() if ".lora_" in n)
+        if self.workers.rank == 0:
+            self.model.save_pretrained(folder, state_dict=whole)
+            self.tokenizer.save_pretrained(folder)
+            if adapters:
+                save_file(adapters, Path(folder) / ADAPTERS)
+
+
+def _adapted(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
+    """Layers with adapters, by name."""
+    return ((name, module) for name, module in model.named_modules() if hasattr(module, "lora_A"))
+
+
+def load_policy(config: Config, folder: Path | None = None, workers: Workers = ALONE) -> Policy:
+    """The policy of a configuration, or its later state in `folder`, in evaluation mode, frozen where asked for.
+
+    With several processes all of them call it, and each holds its share of the weights afterwards.
+    """
+    start: Path | str = EMBEDDED if config.model == "embedded" else Path(config.model)
+    source: Path | str = start if folder is None or config.lora_rank else folder
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device is 'cuda', but torch finds no GPU; use --device cpu or install a CUDA build of torch")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = torch.device(device_type(config))
+    compute = getattr(torch, config.dtype)
+    model, tokenizer = _load(config, source, compute if config.lora_rank else torch.float32)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    stop_ids = torch.tensor(_stop_ids(config, model, tokenizer), device=device)
+    if config.trainable_layers:
+        _freeze(config, model)
+    if config.lora_rank:
+        _add_adapters(config, model, folder)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    reference = None
+    if config.kl_coef and not config.lora_rank:  # also after a resumption: not `folder`
+        frozen = _load(config, start, torch.float32)[0].requires_grad_(False)
+        reference = TokenLogprobs(frozen, config.temperature, compute)
+    policy = Policy(
+        model, tokenizer, stop_ids, config.temperature, str(_found(source, config)), compute, reference, workers
+    )
+    for scorer in (policy.scorer, reference):
+        if scorer is not None and workers.size > 1:
+            shard(scorer, decoder_layers(scorer.model), device, compute)
+            scorer.sharded = True
+            row = torch.zeros(1, 2, dtype=torch.long, device=device)
+            with torch.no_grad():  # the first pass settles that the scorer, and no part of it, is the root
+                scorer(row, row[:, 0] + 1, row[:, :1], row[:, :1] + 1)
+            reshard(scorer)
+        elif scorer is not None:
+            nn.Module.to(scorer.model, device)
+    return policy
+
+
+def device_type(config: Config) -> str:
+    """ "cuda" or "cpu"."""
+    return "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def _found(source: Path | str, config: Config) -> Path | str:
+    """A model folder that is one, or else a hub name."""
+    if (Path(source) / "config.json").is_file():
+        return source
+    if Path(source).exists() or config.model.startswith((".", "/", "~")):
+        raise UsageError(f"model folder {str(source)!r} has no config.json; give a Hugging Face folder or a hub name")
+    return config.model
+
+
+def _load(config: Config, source: Path | str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Model, on the CPU in evaluation mode, and tokenizer; refuses what cannot be trained."""
+    source = _found(source, config)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, padding_side="left", trust_remote_code=config.trust_remote_code
+        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            output_loading_info=True,
+            use_safetensors=True,  # a pickle could run code
+            trust_remote_code=config.trust_remote_code,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if "custom code" in str(error) and not config.trust_remote_code:
+            raise UsageError(
+                f"model {config.model!r} comes with code of its own; read it, then allow it with --trust-remote-code"
+            ) from error
+        raise UsageError(
+            f"cannot load model {config.model!r} ({str(error).splitlines()[0]}); "
+            "--model takes a folder with a causal language model and its tokenizer, or a hub name within reach"
+        ) from error
+    model, found = loaded
+    if found["missing_keys"]:  # transformers would go on with random numbers
+        raise UsageError(f"model {config.model!r} lacks weights, for example {min(found['missing_keys'])}")
+    if not tokenizer.encode("1", add_special_tokens=False):  # transformers makes an empty one up
+        raise UsageError(f"model {config.model!r} has no tokenizer files")
+    if tokenizer.eos_token_id is None:
+        raise UsageError(f"the tokenizer of model {config.model!r} names no end token (eos_token)")
+    model.eval()  # no dropout: ratios compare the policy with itself
+    _refuse_other_heads(config, model)
+    return model, tokenizer
+
+
+def _refuse_other_heads(config: Config, model: PreTrainedModel) -> None:
+    """Only models whose logits are the output layer of the last hidden state can be scored in chunks of tokens."""
+    head = model.get_output_embeddings()
+    if head is not None:
+        ids = torch.arange(2)[None]
+        with torch.no_grad():
+            logits = model(input_ids=ids, use_cache=False).logits
+            again = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+        if again.shape == logits.shape and torch.allclose(again, logits, rtol=1e-6, atol=1e-6):
+            return
+    raise UsageError(
+        f"model {config.model!r} ({type(model).__name__}) scales or caps its logits after the output layer, which "
+        "is not supported; Llama-, Mistral- and Qwen-like models do not"
+    )
+
+
+def _stop_ids(config: Config, model: PreTrainedModel, tokenizer: Any) -> list[int]:
+    """The tokenizer's end, every end of the generation configuration, every token that holds the stop text."""
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    stop = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [] if ends is None else [ends])}
+    if config.stop:
+        texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+        holding = {i for i, text in enumerate(texts) if config.stop in text}
+        if not holding:
+            raise UsageError(f"stop must be held by some token of the model, got {config.stop!r}")
+        stop |= holding
+    return sorted(stop)
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The blocks of a decoder."""
+    layers = getattr(model.base_model, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise UsageError(
+            f"trainable_layers and several processes need a decoder with blocks in `model.layers`, which "
+            f"{type(model).__name__} has not; train all weights, or with lora_rank, in one process"
+        )
+    return layers
+
+
+def _freeze(config: Config, model: PreTrainedModel) -> None:
+    """All but the last blocks and the final norm."""
+    blocks = decoder_layers(model)
+    if config.trainable_layers > len(blocks):
+        raise UsageError(f"trainable_layers must be at most {len(blocks)}, got {config.trainable_layers}")
+    model.requires_grad_(False)
+    blocks[-config.trainable_layers :].requires_grad_(True)
+    model.base_model.norm.requires_grad_(True)
+
+
+def _add_adapters(config: Config, model: PreTrainedModel, folder: Path | None) -> None:
+    """Low-rank adapters in all linear layers but the output, in float32; everything else is frozen."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise UsageError("lora_rank needs peft: pip install peft") from error
+    settings: dict[str, Any] = {"r": config.lora_rank, "lora_alpha": config.lora_alpha}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        inject_adapter_in_model(LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **settings), model)
+    model.eval()
+    adapters = {name: p for name, p in model.named_parameters() if ".lora_" in name}
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for parameter in adapters.values():
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    if folder is None:
+        return
+    if not (folder / ADAPTERS).is_file():
+        raise UsageError(f"{folder} holds no {ADAPTERS}: it was not written by a run with lora_rank")
+    saved = load_file(folder / ADAPTERS)
+    if saved.keys() != adapters.keys() or any(saved[name].shape != adapters[name].shape for name in saved):
+        raise UsageError(f"{folder / ADAPTERS} does not fit the model and lora_rank {config.lora_rank}")
+    with torch.no_grad():
+        for name, parameter in adapters.items():
+            parameter.copy_(saved[name])
+
+
+@dataclass
+class Prefix:
+    """Encoded prompts, or rows repeated from them."""
+
+    cache: Any  # transformers' DynamicCache, rows as in mask_P_T
+    mask_P_T: torch.Tensor  # 1 where a token stands
+    logits_P_V: torch.Tensor  # of the first completion token
+
+    def select(self, rows: torch.Tensor) -> Prefix:
+        """Rows of the prefix, repeated or reordered. The cache is changed in place: the old prefix is spent."""
+        self.cache.batch_select_indices(rows)
+        return Prefix(self.cache, self.mask_P_T[rows], self.logits_P_V[rows])
+
+
+def encode(policy: Policy, prompts: list[list[int]]) -> Prefix:
+    """Run the prompts, as token ids, through the model once."""
+    with policy.autocast():
+        out, mask = run_prompts(policy.model, prompts)
+        return Prefix(out.past_key_values, mask, policy.model.get_output_embeddings()(out.last_hidden_state[:, -1]))
+
+
+def completion_logprobs(
+    policy: Policy, prompts: list[list[int]], owner_R: torch.Tensor, tokens_R_T: torch.Tensor, mask_R_T: torch.Tensor
+) -> torch.Tensor:
+    """(R, T) log-probabilities of completion tokens, every prompt encoded once; see `TokenLogprobs`."""
+    return policy.scorer.shared(prompts, owner_R, tokens_R_T, mask_R_T)[0]
+
+
+@torch.no_grad()
+def success_probability(
+    policy: Policy, prompts: list[list[int]], accepted: list[tuple[str, ...]], rows: int
+) -> torch.Tensor:
+    """Exact chance of an accepted completion, (P,): the sum of their probabilities by teacher forcing, stop included.
+
+    Args:
+        policy: the model; its first stop id must be the only way to end an accepted completion.
+        prompts: P prompts, as token ids.
+        accepted: per prompt, every completion that is graded correct.
+        rows: sequences scored side by side.
+    """
+    total_P = torch.zeros(len(prompts), dtype=torch.float64)
+    stop = int(policy.stop_ids[0])
+    flat = [(p, text) for p, texts in enumerate(accepted) for text in texts]
+    for start in range(0, len(flat), rows):
+        chunk = flat[start : start + rows]
+        ids = [[*policy.tokenizer.encode(text, add_special_tokens=False), stop] for _, text in chunk]
+        width = max(map(len, ids))
+        tokens = torch.tensor([row + [0] * (width - len(row)) for row in ids], device=policy.device)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids], device=policy.device)
+        owners = sorted({p for p, _ in chunk})
+        local = torch.tensor([owners.index(p) for p, _ in chunk], device=policy.device)
+        logprobs = completion_logprobs(policy, [prompts[p] for p in owners], local, tokens, mask)
+        total_P.index_add_(0, torch.tensor([p for p, _ in chunk]), logprobs.sum(-1).double().exp().cpu())
+    return total_P

@@ -1,0 +1,1 @@
+"""What runs say: report, comparison, evaluation, signal and noise."""

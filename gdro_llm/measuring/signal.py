@@ -1,0 +1,179 @@
+r"""`gdro signal`: how much signal one step's gradient has, and where it points, by method, at a fixed policy.
+
+The policy does not move: a controller first learns the problems' pass rates from batches at this policy, then further
+batches are planned, sampled and graded as in training, and each is split into its even and its odd prompts, with
+gradients g_1 and g_2. With g = (g_1 + g_2) / 2 the gradient of the batch,
+
+    E [g_1 . g_2] = |E g|^2 (signal),    E |g_1 - g_2|^2 / 4 = E |g - E g|^2 (noise),    SNR = signal / noise,
+
+the first because halves of a batch are independent but for the plan. As the embedded cells have exact success
+probabilities p, so have mean@1 and pass@k exact gradients u over the training problems; `cosine` is
+E [g . u] / (sqrt(E |g|^2) |u|): the share of one step that goes up on what is wanted. It is what an optimizer that
+normalises its steps can make of a batch, and no weight's scale changes it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from gdro_llm.config import Config, UsageError
+from gdro_llm.engine.policy import Policy, load_policy
+from gdro_llm.engine.rollouts import Decoding, Rollouts
+from gdro_llm.engine.transformers import HFSampler
+from gdro_llm.measuring.compare import Method
+from gdro_llm.problems.load import hold_out, load_problems
+from gdro_llm.problems.problem import Problem
+from gdro_llm.problems.prompting import prompt_tokens
+from gdro_llm.problems.rewards import Grader
+from gdro_llm.training.checkpoint import write_file
+from gdro_llm.training.evaluation import exact_rates, has_exact_rates
+from gdro_llm.training.losses import rollout_scale
+from gdro_llm.training.planners import build_controller
+from gdro_llm.training.trainer import advantages_of, candidates, step_seed, turned_round
+from gdro_llm.training.update import update
+
+RESAMPLES = 2000
+
+
+def measure(config: Config, methods: Sequence[Method], warm_up: int, batches: int, out: Path) -> dict[str, Any]:
+    """Signal and noise of every method at the policy of `config`; writes signal.json and signal.md.
+
+    Args:
+        config: model, data and update; a method's settings come on top.
+        methods: which.
+        warm_up: batches from which the controllers learn before.
+        batches: batches measured.
+        out: folder to write.
+
+    Raises:
+        UsageError: data without exact success probabilities, too few batches, or a method whose step is not that of
+            one batch at a policy that does not move.
+    """
+    if batches < 2:
+        raise UsageError(f"batches must be at least 2 for an interval, got {batches}")
+    runs = {method.label: replace(config, **method.settings) for method in methods}
+    for label, run in runs.items():
+        if run.refill or build_controller(run).needs_losses:
+            why = "waits for mixed groups of several batches" if run.refill else "learns from the losses of updates"
+            raise UsageError(f"gdro signal cannot measure {label!r}, which {why}; leave it out of --methods")
+    train, _ = load_problems(config)
+    train, _ = hold_out(train, config)
+    if not has_exact_rates(train, config):
+        raise UsageError("gdro signal needs exact success probabilities: data of cells")
+    policy = load_policy(config)
+    wanted = {"mean@1": 1, f"pass@{config.eval_samples}": config.eval_samples}
+    rates = exact_rates(policy, train, config)
+    directions = {name: exact_gradient(policy, train, config, rates, k) for name, k in wanted.items()}
+    named = replace(config, model=Path(config.model).name)  # not where it lies
+    result: dict[str, Any] = {"config": asdict(named), "warm_up": warm_up, "batches": batches, "methods": {}}
+    for label, run in runs.items():
+        result["methods"][label] = _summary(_halves(policy, train, run, warm_up, batches, label), directions)
+    out.mkdir(parents=True, exist_ok=True)
+    write_file(out / "signal.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
+    write_file(out / "signal.md", table(result) + "\n")
+    return result
+
+
+def exact_gradient(
+    policy: Policy, problems: Sequence[Problem], config: Config, p_P: np.ndarray, k: int, rows: int = 256
+) -> torch.Tensor:
+    """Flat gradient of the mean over problems of 1 - (1 - p)^k, by teacher forcing of the accepted completions."""
+    device = policy.device
+    stop = int(policy.stop_ids[0])
+    flat = [(i, text) for i, problem in enumerate(problems) for text in problem.accepted]
+    factor = torch.tensor(k * (1.0 - p_P) ** (k - 1) / len(problems), device=device)
+    parameters = [p for p in policy.model.parameters() if p.requires_grad]
+    total = torch.zeros(sum(p.numel() for p in parameters))
+    for start in range(0, len(flat), rows):
+        owners, texts = zip(*flat[start : start + rows], strict=True)
+        prompts = [prompt_tokens(policy.tokenizer, problems[i], config) for i in owners]
+        ids = [[*policy.tokenizer.encode(text, add_special_tokens=False), stop] for text in texts]
+        width = max(map(len, ids))
+        tokens = torch.tensor([row + [0] * (width - len(row)) for row in ids], device=device)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids], device=device)
+        logprobs, _ = policy.scorer.plain(prompts, torch.arange(len(ids)), tokens, mask)
+        objective = (logprobs.sum(-1).double().exp() * factor[list(owners)]).sum()
+        total += torch.cat([g.flatten() for g in torch.autograd.grad(objective, parameters)]).cpu()
+    return total
+
+
+def _halves(
+    policy: Policy, problems: list[Problem], config: Config, warm_up: int, batches: int, label: str
+) -> torch.Tensor:
+    """(batches, 2, D): ascent directions of the even and of the odd prompts of each batch."""
+    controller, sampler = build_controller(config), HFSampler(policy, config)
+    by_id = {problem.id: problem for problem in problems}
+    found = []
+    with Grader(config) as grader:
+        for step in tqdm(range(warm_up + batches), desc=label, unit="batch", leave=False):
+            plan = controller.plan([problem.id for problem in candidates(problems, config, step)])
+            chosen = [by_id[str(name)] for name in plan.ids]
+            prompts = [prompt_tokens(policy.tokenizer, problem, config) for problem in chosen]
+            decoding = Decoding(config.max_new_tokens, config.temperature)
+            rollouts = sampler.sample(prompts, plan.counts, decoding, seed=step_seed(config.seed, step))
+            rewards = grader.grade([chosen[p] for p in plan.owner], rollouts.texts)
+            rewards = turned_round(rewards, np.arange(len(rewards)), len(rewards), config, step)
+            controller.observe(plan, rewards)
+            if step < warm_up:
+                continue
+            advantages, _ = advantages_of(rewards, rollouts, config)
+            scale = rollout_scale(plan.weights, plan.counts, plan.owner, config.aggregation)
+            halves = [np.flatnonzero(plan.owner % 2 == half) for half in (0, 1)]
+            found.append(torch.stack([_gradient(policy, rollouts, advantages, scale, rows, config) for rows in halves]))
+    return torch.stack(found)
+
+
+def _gradient(
+    policy: Policy, rollouts: Rollouts, advantages: np.ndarray, scale: np.ndarray, rows: np.ndarray, config: Config
+) -> torch.Tensor:
+    """The step of plain gradient descent at rate 1 by `update`, undone: minus the loss' gradient, flat."""
+    parameters = [p for p in policy.model.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in parameters]
+    once = replace(config, minibatches=1, passes=1, grad_clip=1e9)
+    update(policy, torch.optim.SGD(parameters, lr=1.0), rollouts.select(rows), advantages[rows], scale[rows], once)
+    with torch.no_grad():
+        step = torch.cat([(p - old).flatten() for p, old in zip(parameters, before, strict=True)]).cpu()
+        for p, old in zip(parameters, before, strict=True):
+            p.copy_(old)
+    return step
+
+
+def _summary(halves: torch.Tensor, directions: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Ratios of averages over batches, each with a 95 % bootstrap interval over batches."""
+    whole = halves.mean(1)
+    terms = {
+        "signal": (halves[:, 0] * halves[:, 1]).sum(-1),
+        "noise": (halves[:, 0] - halves[:, 1]).square().sum(-1) / 4,
+        "size": whole.square().sum(-1),
+        **{name: whole @ u / u.norm() for name, u in directions.items()},
+    }
+    values = {name: x.double().numpy() for name, x in terms.items()}
+    drawn = np.random.default_rng(0).integers(len(whole), size=(RESAMPLES, len(whole)))
+
+    def entry(top: str, bottom: str, power: float) -> dict[str, float]:
+        def ratio(rows: Any) -> Any:
+            return values[top][rows].mean(-1) / values[bottom][rows].mean(-1) ** power
+
+        low, high = np.quantile(ratio(drawn), [0.025, 0.975])
+        return {"value": float(ratio(slice(None))), "low": float(low), "high": float(high)}
+
+    cosines = {f"cosine with {name}": entry(name, "size", 0.5) for name in directions}
+    return {"SNR": entry("signal", "noise", 1.0), **cosines}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown."""
+    names = list(next(iter(result["methods"].values())))
+    rows = [f"| method | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]
+    for label, values in result["methods"].items():
+        cells = [f"{v['value']:.3f} [{v['low']:.3f}, {v['high']:.3f}]" for v in (values[name] for name in names)]
+        rows.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(rows)

@@ -1,0 +1,1 @@
+"""The loop: plan, sample, grade, observe, update; checkpoints and evaluation."""

@@ -1,0 +1,326 @@
+"""mean@n, pass@k and their intervals: by hand from the same samples, from exact probabilities, and as statistics."""
+
+import json
+from dataclasses import replace
+from math import comb
+
+import literal
+import numpy as np
+import pytest
+from scipy import stats
+from scipy.special import beta
+
+from gdro_llm.config import Config
+from gdro_llm.engine.policy import load_policy, success_probability
+from gdro_llm.problems import rewards as grading
+from gdro_llm.problems.cells import cell_problems
+from gdro_llm.problems.load import load_problems
+from gdro_llm.problems.problem import Problem
+from gdro_llm.training import evaluation
+from gdro_llm.training.evaluation import (
+    Scores,
+    _by_bin,
+    bootstrap,
+    by_own_pass_rate,
+    draw_seed,
+    rate_values,
+    table,
+    tabulate,
+)
+
+
+def by_hand(correct, n):
+    """Plain averages and standard errors over problems of some problems' numbers of correct samples."""
+    columns = {f"mean@{n}": [c / n for c in correct]}
+    for k in (1, 2, 4, n):
+        columns[f"pass@{k}"] = [1 - comb(n - c, k) / comb(n, k) for c in correct]
+    found = {"problems": len(correct)}
+    for name, values in columns.items():
+        size = len(values)
+        found[name] = sum(values) / size
+        squares = sum((v - found[name]) ** 2 for v in values)
+        found[f"{name}_se"] = (squares / (size - 1) / size) ** 0.5 if size > 1 else None
+    return found
+
+
+def scores_of(correct_P_N, levels=None) -> Scores:
+    """Scores of made-up samples, 3 tokens each."""
+    correct = np.asarray(correct_P_N, dtype=bool)
+    levels = levels or [""] * len(correct)
+    problems = tuple(Problem(f"p{i}", "?", "!", level=level) for i, level in enumerate(levels))
+    return Scores(problems, correct, np.full(correct.shape, 3), np.zeros(correct.shape, dtype=bool), None)
+
+
+def test_rates_by_level_and_task_equal_those_counted_by_hand(run_config):
+    """Over all problems, each level and each task; the same call gives the same numbers."""
+    config = run_config(eval_samples=6)
+    problems = load_problems(config)[1]
+    policy = load_policy(config)
+    found = literal.evaluate(policy, problems, config)
+    drawn = literal.sample(
+        policy,
+        literal.prompts(policy, [p.prompt for p in problems]),
+        np.full(len(problems), 6),
+        1,
+        seed=draw_seed(config.seed, "", 0),
+        rows=1024,
+    )
+    correct = [0] * len(problems)
+    for row, text in enumerate(drawn.texts):
+        correct[row // 6] += text == problems[row // 6].answer
+    assert 0 < sum(correct) < 6 * len(problems)
+    for kind, parts in (("by_level", "level"), ("by_task", "task")):
+        names = {getattr(p, parts) for p in problems}
+        assert found[kind].keys() == names
+        for name in names:
+            mine = [i for i, p in enumerate(problems) if getattr(p, parts) == name]
+            expected = by_hand([correct[i] for i in mine], 6)
+            assert {key: found[kind][name][key] for key in expected} == pytest.approx(expected)
+    whole = by_hand(correct, 6)
+    assert {key: found[key] for key in whole} == pytest.approx(whole)
+    rates = {key for key in found if "@" in key and key.count("_") == 0}
+    assert rates == {"mean@6", "pass@1", "pass@2", "pass@4", "pass@6"}
+    assert all(found[f"{rate}_low"] < found[rate] < found[f"{rate}_high"] for rate in rates)
+    assert found["correct"] == {problem.id: c for problem, c in zip(problems, correct, strict=True)}
+    assert found["completion_length"] == drawn.mask_R_T.sum().item() / len(drawn.texts)
+    assert found["truncated_share"] == drawn.truncated_R.double().mean().item()
+    json.dumps(found, allow_nan=False)
+    assert found == literal.evaluate(policy, problems, config)
+
+
+def test_runs_are_compared_on_the_same_draws_of_the_seed(run_config):
+    """Other steps or controllers do not change an evaluation, another seed does."""
+    policy = load_policy(run_config())
+    problems = load_problems(run_config())[1]
+    first = literal.evaluate(policy, problems, run_config(controller="grpo"))
+    assert literal.evaluate(policy, problems, run_config(controller="published-prompt", steps=99)) == first
+    assert literal.evaluate(policy, problems, run_config(seed=1)) != first
+
+
+def test_one_problem_has_no_standard_error(run_config):
+    """None instead of a NaN that JSON cannot hold."""
+    found = literal.evaluate(load_policy(run_config()), load_problems(run_config())[1][:1], run_config())
+    assert found["mean@4_se"] is found["mean@4_low"] is found["pass@4_high"] is None
+    assert found["problems"] == 1
+
+
+@pytest.mark.parametrize("change", [{"grader": "number"}, {"stop": "="}])  # eval_top_p, eval_top_k: refused so far
+def test_exact_rates_are_given_only_where_they_describe_the_grading(tiny_config, change):
+    """Accepted completions are all that is correct under grader "exact" and the model's own end, not otherwise."""
+    problems = cell_problems("test", {"easy": 1}, seed=0)
+    plain, changed = tiny_config(max_new_tokens=14), tiny_config(max_new_tokens=14, **change)
+    assert "exact_mean@8" in literal.evaluate(load_policy(plain), problems, plain)
+    assert "exact_mean@8" not in literal.evaluate(load_policy(changed), problems, changed)
+
+
+def test_sampled_rates_of_the_shipped_model_agree_with_the_exact_ones(embedded):
+    """mean@8 and pass@8 per level lie within 4 standard errors of the exact ones, which are the literal sums."""
+    config = Config(threads=1, device="cpu", seed=3)
+    problems = cell_problems("test", {"easy": 10, "middle": 10, "hard": 10}, seed=5)
+    found = literal.evaluate(embedded, problems, config)
+    p = success_probability(
+        embedded, literal.prompts(embedded, [x.prompt for x in problems]), [x.accepted for x in problems], 64
+    ).numpy()
+    for level in ("easy", "middle", "hard"):
+        mine = np.array([x.level == level for x in problems])
+        table = found["by_level"][level]
+        assert table["exact_mean@8"] == pytest.approx(p[mine].mean(), rel=1e-5)
+        assert table["exact_pass@8"] == pytest.approx((1 - (1 - p[mine]) ** 8).mean(), rel=1e-5)
+        solved = 1 - (1 - p[mine]) ** 8
+        noise = (
+            np.sqrt((p[mine] * (1 - p[mine]) / 8).sum()) / mine.sum(),
+            np.sqrt((solved * (1 - solved)).sum()) / mine.sum(),
+        )
+        assert abs(table["mean@8"] - table["exact_mean@8"]) < 4 * noise[0] + 1e-3
+        assert abs(table["pass@8"] - table["exact_pass@8"]) < 4 * noise[1] + 1e-3
+    levels = [found["by_level"][level]["exact_mean@8"] for level in ("easy", "middle", "hard")]
+    assert levels == sorted(levels, reverse=True)
+    problem = problems[-1]
+    expected = 0.0
+    for text in problem.accepted:
+        ids = [*literal.token_ids(embedded, text), embedded.tokenizer.eos_token_id]
+        expected += literal.logprobs_of(embedded, problem.prompt, ids).exp().prod().item()
+    assert p[-1] == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_temperature_of_evaluation_is_its_own(embedded):
+    """Neither `temperature` nor the policy's matters; a colder evaluation has other samples and other exact rates."""
+    problems = cell_problems("test", {"middle": 5}, seed=5)
+    build = {"threads": 1, "device": "cpu", "eval_samples": 2}
+    first = literal.evaluate(embedded, problems, Config(**build))
+    assert literal.evaluate(embedded, problems, Config(**build, temperature=0.3)) == first
+    cold = literal.evaluate(embedded, problems, Config(**build, eval_temperature=0.3))
+    assert cold["exact_mean@2"] != first["exact_mean@2"]
+    assert cold["correct"] != first["correct"]
+    nucleus = literal.evaluate(embedded, problems, Config(**build, eval_top_p=0.5))
+    assert nucleus["mean@2"] != first["mean@2"]
+    assert "exact_mean@2" not in nucleus
+
+
+def test_draws_depend_on_the_seed_the_set_and_the_place_in_it(run_config, monkeypatch):
+    """Later blocks of problems change nothing in earlier ones; seeds of runs, sets and blocks differ, below 2**63."""
+    config = run_config(eval_samples=4)
+    policy, problems = load_policy(config), load_problems(config)[1]
+    monkeypatch.setattr(evaluation, "ROWS", 4 * 5)
+    first, more = literal.score(policy, problems[:5], config), literal.score(policy, problems, config)
+    assert np.array_equal(more.correct_P_N[:5], first.correct_P_N)
+    assert not np.array_equal(more.correct_P_N, literal.score(policy, problems, config, "other").correct_P_N)
+    seeds = {draw_seed(s, n, b) for s in (0, 1, 2**32 - 1) for n in ("", "math500", "aime24") for b in range(50)}
+    assert len({seed % 2**32 for seed in seeds}) == len(seeds) == 450, "torch's CPU generator takes the low 32 bits"
+    assert min(seeds) >= 0
+    assert max(seeds) < 2**63
+
+
+def test_a_grade_between_0_and_1_is_refused(run_config, monkeypatch):
+    """It could not be counted."""
+    monkeypatch.setitem(grading.GRADERS, "exact", lambda problem, text: 0.5)
+    config = run_config()
+    with pytest.raises(ValueError, match="grades must be 0 or 1"):
+        literal.score(load_policy(config), load_problems(config)[1], config)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 12])
+def test_rates_are_given_at_the_powers_of_two_and_at_n(n):
+    """pass@1 is mean@n; pass@n is whether any sample is right."""
+    values = rate_values(n)
+    ks = [k for k in range(1, n + 1) if k == n or k & (k - 1) == 0]
+    assert list(values) == [f"mean@{n}", *(f"pass@{k}" for k in ks)]
+    assert values["pass@1"] == pytest.approx(values[f"mean@{n}"])
+    assert values[f"pass@{n}"] == pytest.approx((np.arange(n + 1) > 0).astype(float))
+
+
+@pytest.mark.parametrize("power", [0.1, 1, 8])
+def test_intervals_agree_with_scipy(power):
+    """Its BCa of single problems, within .15 standard errors, on values skewed left, even and skewed right.
+
+    The Monte-Carlo error of an end is about .03 standard errors; percentile ends of the skewed values are .3 off.
+    """
+    rates = np.random.default_rng(0).random(24) ** power
+    theirs = stats.bootstrap((rates,), np.mean, n_resamples=20_000, rng=0)
+    plain = stats.bootstrap((rates,), np.mean, n_resamples=20_000, rng=0, method="percentile").confidence_interval
+    mine = np.array(bootstrap(np.ones(24, dtype=int), rates[None])[0])
+    gaps = (mine - np.array(theirs.confidence_interval)) / theirs.standard_error
+    assert abs(gaps).max() < 0.15
+    if power != 1:
+        assert abs(mine - np.array(plain)).max() / theirs.standard_error > 0.25
+
+
+def test_a_tally_resamples_its_problems():
+    """Counts of equal problems give the interval of the problems one by one, up to Monte-Carlo error and one step."""
+    correct = np.random.default_rng(1).binomial(8, 0.2, 40)
+    low, high = bootstrap(np.bincount(correct, minlength=9), np.arange(9)[None] / 8)[0]
+    theirs = stats.bootstrap((correct / 8,), np.mean, n_resamples=20_000, rng=0).confidence_interval
+    assert abs(np.array([low, high]) - theirs).max() <= 1 / 8 / 40 + 1e-12
+
+
+def test_95_percent_intervals_cover_the_truth_95_percent_of_the_time(monkeypatch):
+    """60 problems with pass rates Beta(1/2, 3/2), 8 samples each: mean@8 and pass@8 of the population are known.
+
+    Of 1,000 evaluations 92.5 to 97 % must cover; where the truth is 95 %, one seed in 500 would fail. In 2,000 others
+    BCa covered 95.4 and 95.4 %, percentile intervals 94.5 and 94.8 %, missing on one side.
+    """
+    monkeypatch.setattr(evaluation, "RESAMPLES", 999)
+    truth = {"mean@8": 0.25, "pass@8": 1 - beta(0.5, 9.5) / beta(0.5, 1.5)}
+    rng = np.random.default_rng(0)
+    values = np.array([rate_values(8)[name] for name in truth])
+    below, above = np.zeros(2), np.zeros(2)
+    for _ in range(1000):
+        tally = np.bincount(rng.binomial(8, rng.beta(0.5, 1.5, 60)), minlength=9)
+        low, high = np.array(bootstrap(tally, values)).T
+        below += high < list(truth.values())
+        above += low > list(truth.values())
+    assert (below + above >= 30).all()
+    assert (below + above <= 75).all()
+
+
+def test_the_same_tally_has_the_same_interval_and_no_problem_order():
+    """Bootstrap draws are fixed; no interval where resampling could not learn of one."""
+    rng = np.random.default_rng(3)
+    correct = rng.random((40, 4)) < 0.3
+    first = table(scores_of(correct))
+    assert first == table(scores_of(correct))
+    assert first == pytest.approx(table(scores_of(correct[::-1])))
+    sure = table(scores_of(np.ones((40, 4))))
+    assert sure["mean@4"] == 1
+    assert sure["mean@4_se"] == 0
+    assert sure["mean@4_low"] is None
+
+
+def test_bins_by_the_same_samples_would_lie_and_bins_by_the_other_half_do_not():
+    """2,000 problems of pass rate 1/2, 8 samples: nothing is hard. The naive bins invent a slope, the halves none."""
+    correct = np.random.default_rng(0).random((2000, 8)) < 0.5
+    scores = scores_of(correct)
+    naive = _by_bin(scores, correct.mean(-1), 4)
+    honest = by_own_pass_rate(scores)
+    assert list(honest) == list(naive) == ["0–25 %", "25–50 %", "50–75 %", "75–100 %"]
+    assert naive["0–25 %"]["mean@8"] < 0.15
+    assert naive["75–100 %"]["mean@8"] > 0.75
+    for part in honest.values():
+        assert abs(part["mean@4"] - 0.5) < 4 * part["mean@4_se"]
+    assert sum(part["problems"] for part in honest.values()) == 2000
+    assert "pass@8" not in honest["0–25 %"]
+    assert by_own_pass_rate(scores.part(samples=slice(0, 1))) == {}
+
+
+def test_halves_use_every_sample_once():
+    """By hand: of 3 samples the first chooses the bin, the other two are reported, with their lengths."""
+    scores = scores_of([[1, 0, 0], [1, 1, 1], [0, 1, 0]])
+    found = by_own_pass_rate(scores)
+    assert list(found) == ["0–25 %", "75–100 %"]
+    assert (found["0–25 %"]["mean@2"], found["0–25 %"]["pass@2"]) == (0.5, 1)
+    assert (found["75–100 %"]["mean@2"], found["75–100 %"]["pass@2"]) == (0.5, 0.5)
+
+
+def test_bins_of_given_pass_rates():
+    """Equal bins, hardest first, the edge in the upper one, 1 in the last, empty ones left out."""
+    scores = scores_of([[1, 0], [0, 0], [1, 1], [0, 1]])
+    found = _by_bin(scores, np.array([1.0, 0.0, 0.1, 0.95]), 10)
+    assert [(name, part["problems"]) for name, part in found.items()] == [
+        ("0–10 %", 1),
+        ("10–20 %", 1),
+        ("90–100 %", 2),
+    ]
+    assert found["10–20 %"]["mean@2"] == 1
+    assert found["90–100 %"]["mean@2"] == 0.5
+    for bad in ([0.5] * 3, [0.5, 0.5, 0.5, 1.1], [0.5, 0.5, 0.5, np.nan]):
+        with pytest.raises(ValueError, match=r"pass_rates_P must hold 4 numbers in \[0, 1\]"):
+            _by_bin(scores, np.array(bad), 10)
+
+
+def test_levels_stand_in_the_order_of_their_numbers_or_of_the_problems():
+    """Level 10 after level 9; words as they come; no level is no part."""
+    correct = np.eye(4)
+    assert list(tabulate(scores_of(correct, ["Level 10", "Level 9", "", "Level 1"]))["by_level"]) == [
+        "Level 1",
+        "Level 9",
+        "Level 10",
+    ]
+    assert list(tabulate(scores_of(correct, ["middle", "easy", "hard 1", "easy"]))["by_level"]) == [
+        "middle",
+        "easy",
+        "hard 1",
+    ]
+
+
+def test_exact_evaluation_equals_the_exact_rates_of_a_sampled_one(embedded):
+    """All, by level and by task; the other pass@k and the standard errors by hand; nothing is sampled or graded."""
+    problems = cell_problems("test", {"easy": 1, "middle": 1, "hard": 2}, seed=8)
+    config = Config(threads=1, device="cpu", eval_samples=4)
+    sampled = literal.evaluate(embedded, problems, config)
+    found = evaluation.evaluate(embedded, problems, replace(config, eval_exact=True), None, None)
+    assert list(found["success"]) == [problem.id for problem in problems]
+    p = np.array([*found["success"].values()])
+    for kind, level in [("", ""), *(("by_level", x) for x in sampled["by_level"]), ("by_task", problems[0].task)]:
+        one, other = ((x[kind][level] if kind else x) for x in (found, sampled))
+        assert one["problems"] == other["problems"]
+        for rate in ("mean@4", "pass@4"):
+            assert one[rate] == pytest.approx(other[f"exact_{rate}"], rel=1e-12)
+        rows = [i for i, x in enumerate(problems) if not kind or level in (x.level, x.task)]
+        for k in (1, 2, 4):
+            passed = [1 - (1 - p[i]) ** k for i in rows]
+            assert one[f"pass@{k}"] == pytest.approx(np.mean(passed))
+            if len(rows) > 1:
+                assert one[f"pass@{k}_se"] == pytest.approx(np.std(passed, ddof=1) / np.sqrt(len(rows)))
+    assert found["by_level"].keys() == sampled["by_level"].keys()
+    assert found["by_task"].keys() == sampled["by_task"].keys()
+    assert found["by_task"][problems[0].task]["mean@4_se"] is None, "one problem has no standard error"

@@ -1,0 +1,191 @@
+"""Peers and control experiments: what they share with the recommended controllers, and what they take away."""
+
+import numpy as np
+import pytest
+
+from gdro_core import GDROController, gradient_weight
+from gdro_llm.config import Config, UsageError
+from gdro_llm.training.planners import build_controller
+from gdro_llm.training.trainer import turned_round
+
+IDS = [f"p{i}" for i in range(64)]
+P = np.linspace(0.02, 0.98, len(IDS))
+
+
+def taught(*controllers: GDROController, steps: int = 6) -> list[GDROController]:
+    """Controllers that saw the same rewards of the first one's plans, `steps` times."""
+    rng = np.random.default_rng(0)
+    for _ in range(steps):
+        plan = controllers[0].plan(IDS)
+        rewards = rng.random(len(plan.owner)) < P[plan.owner]
+        for controller in controllers:
+            controller.observe(plan, rewards)
+    return list(controllers)
+
+
+def build(name: str, **settings) -> GDROController:
+    return build_controller(Config(controller=name, **settings))
+
+
+def twin(name: str, **settings) -> tuple[GDROController, GDROController]:
+    """The recommended controller and another one, in the same state."""
+    recommended = "recommended-rollout" if name.endswith("rollout") else "recommended"
+    real, other = taught(build(recommended), build(name, **settings))
+    return real, other
+
+
+def test_the_null_deals_the_same_pairs_to_random_prompts():
+    """Same (weight, count) pairs and total, in every step anew; of the difficulty they say nothing."""
+    real, null = twin("null")
+    rng, told, untold, orders = np.random.default_rng(1), [], [], set()
+    for _ in range(60):
+        plan, dealt = real.plan(IDS), null.plan(IDS)
+        assert (dealt.ids, dealt.price, dealt.step) == (plan.ids, plan.price, plan.step)
+        pairs, got = (sorted(zip(x.weights, x.counts, strict=True)) for x in (plan, dealt))
+        assert got == pairs
+        assert dealt.counts @ dealt.weights == pytest.approx(len(plan.owner))
+        for x, found in ((plan, told), (dealt, untold)):
+            found.append((np.corrcoef(x.counts, P)[0, 1], np.corrcoef(x.weights, P)[0, 1]))
+        orders.add(dealt.counts.tobytes())
+        rewards = rng.random(len(plan.owner)) < P[plan.owner]
+        for controller in (real, null):  # of the real plan: their states stay the same
+            controller.observe(plan, rewards)
+    assert (np.mean(told, axis=0) < -0.5).all(), "the real plan must follow difficulty for this to tell anything"
+    assert (abs(np.mean(untold, axis=0)) < 4 / np.sqrt(60 * len(IDS))).all()
+    assert len(orders) > 50
+
+
+def test_the_same_step_is_dealt_the_same_way():
+    """Planning draws from (seed, step) only."""
+    (null,) = taught(build("null"))
+    assert null.plan(IDS).counts.tolist() == null.plan(IDS).counts.tolist()
+    (other,) = taught(build("null", seed=1))
+    assert null.plan(IDS).counts.tolist() != other.plan(IDS).counts.tolist()
+
+
+@pytest.mark.parametrize("aggregation", ["rollout", "prompt"])
+@pytest.mark.parametrize("name", ["implicit", "implicit-rollout"])
+def test_rollouts_as_weights(name, aggregation):
+    """Uniform counts; a prompt's weight is the plan's, times the factor that its counts would bring: n w_n, or w_n."""
+    real, implicit = twin(name, aggregation=aggregation)
+    plan, found = real.plan(IDS), implicit.plan(IDS)
+    assert np.ptp(plan.counts) > 2, "the counts must be ragged for this to tell anything"
+    assert found.counts.tolist() == [4] * len(IDS)
+    p = real.classifier.pass_rate(IDS)
+    pulls = [w * gradient_weight([n], q)[0] for w, n, q in zip(plan.weights, plan.counts, p, strict=True)]
+    if aggregation == "rollout":
+        pulls = [n * pull for n, pull in zip(plan.counts, pulls, strict=True)]
+    pulled = [w * gradient_weight([4], q)[0] for w, q in zip(found.weights, p, strict=True)]
+    np.testing.assert_allclose(np.array(pulled) / np.sum(pulled), np.array(pulls) / np.sum(pulls), rtol=1e-12)
+    assert found.weights.mean() == pytest.approx(1.0)
+    assert (plan.weights == 1).all() == (name == "implicit-rollout")
+
+
+def test_mopps_takes_the_quarter_of_the_candidates_whose_draws_are_nearest_to_one_half():
+    """By a loop over the candidates; in their order, with n_bar rollouts and weight 1 each."""
+    (mopps,) = taught(build("mopps"), steps=2)
+    found = mopps.plan(IDS)
+    a, b = mopps.classifier.posterior(IDS)
+    draws = np.random.default_rng([0, found.step, 1]).beta(a, b)
+    kept = [i for i in range(64) if sum(abs(x - 0.5) < abs(draws[i] - 0.5) for x in draws) < 16]
+    assert found.ids == tuple(IDS[i] for i in kept)
+    assert len(found.ids) == 16
+    assert set(found.counts) == {4}
+    assert set(found.weights) == {1.0}
+
+
+def test_mopps_learns_which_prompts_are_of_middling_difficulty():
+    """Before it knows anything it takes any; then its prompts' true pass rates lie nearer to 1/2 than the others'."""
+    distance = []
+    mopps, rng = build("mopps"), np.random.default_rng(0)
+    for _ in range(60):
+        plan = mopps.plan(IDS)
+        p = np.array([P[IDS.index(name)] for name in plan.ids])
+        distance.append(abs(p - 0.5).mean())
+        mopps.observe(plan, rng.random(len(plan.owner)) < np.repeat(p, 4))
+    average = abs(P - 0.5).mean()
+    assert distance[0] == pytest.approx(average, abs=0.1)
+    assert np.mean(distance[-20:]) < 0.6 * average
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "part", "attribute"),
+    [
+        ("recommended", {"adversary": "cvar"}, "prompt", "adversary"),
+        ("recommended-prompt", {"adversary_step": 1.0}, "prompt", "step_size"),
+        ("null", {"adversary": "chi-square"}, "prompt", "adversary"),
+        ("implicit-rollout", {"utility": "mixed"}, "rollout", "utility"),
+        ("recommended-rollout", {"utility": "hit"}, "rollout", "utility"),
+    ],
+)
+def test_settings_reach_the_games(name, setting, part, attribute):
+    """Each key of the configuration is the option of the game that it names."""
+    (value,) = setting.values()
+    assert getattr(getattr(build(name, **setting), part), attribute) == value
+    assert getattr(getattr(build(name), part), attribute) != value
+
+
+def test_a_weaker_adversary_spreads_weights_less():
+    """adversary_step 0 is no adversary, and the spread of the weights grows with it."""
+    spread = [np.ptp(taught(build("recommended", adversary_step=x))[0].plan(IDS).weights) for x in (0.0, 1.0, 2.0)]
+    assert spread[0] == pytest.approx(0.0, abs=1e-12)
+    assert 0.1 < spread[1] < spread[2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"controller": "grpo", "adversary": "cvar"}, "adversary changes nothing with controller 'grpo'"),
+        ({"controller": "mopps", "adversary_step": 1.0}, "adversary_step changes nothing with controller 'mopps'"),
+        ({"controller": "published-prompt", "utility": "hit"}, "utility changes nothing with .*'published-prompt'"),
+        ({"controller": "recommended-prompt", "utility": "hit"}, "utility changes nothing with .*'recommended-prompt'"),
+        ({"controller": "recommended-rollout", "adversary": "cvar"}, "adversary changes nothing"),
+        ({"controller": "implicit-rollout", "adversary_step": 1.0}, "adversary_step changes nothing"),
+        ({"adversary": "cvar", "adversary_step": 1.0}, "adversary_step changes nothing with adversary 'cvar'"),
+        ({"adversary": "hedge"}, "adversary must be one of"),
+        ({"adversary_step": -1.0}, "adversary_step must be at least 0"),
+        (
+            {"controller": "null", "aggregation": "prompt", "preserve_objective": True},
+            "preserve_objective must be off with controller 'null'",
+        ),
+        ({"refill": True, "kl_coef": 0.1}, "refill needs kl_coef 0"),
+        ({"refill": True, "overlong": "mask"}, "refill needs .*overlong 'keep' or 'punish'"),
+        ({"refill": True, "controller": "published-rollout"}, "refill needs .*no published controller"),
+        ({"controller": "published-rollout"}, "'published-rollout' needs aggregation 'prompt', the mean of Eq. 7"),
+        ({"reward_noise": 0.51}, r"reward_noise must lie in \[0, 0.5\]"),
+        ({"reward_noise": -0.1}, r"reward_noise must lie in \[0, 0.5\]"),
+        ({"validation_problems": -1}, "validation_problems must be at least 0"),
+        (
+            {"min_rollouts": 1, "aggregation": "prompt", "preserve_objective": True},
+            "min_rollouts with preserve_objective",
+        ),
+    ],
+)
+def test_settings_without_effect_or_sense_are_refused(settings, message):
+    """A key that a controller ignores would make two runs look different that are the same."""
+    with pytest.raises(UsageError, match=message):
+        build_controller(Config(**settings))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_reward_noise_turns_its_share_of_the_grades_round(share):
+    """To 5 standard errors; a grade is either as it was or 1 minus it, also where it is a fraction."""
+    grades = np.tile([0.0, 1.0, 0.25], 10_000)
+    found = turned_round(grades, np.arange(len(grades)), len(grades), Config(reward_noise=share), step=3)
+    wrong = found != grades
+    assert (found[wrong] == 1 - grades[wrong]).all()
+    for value in (0.0, 1.0, 0.25):
+        assert abs(wrong[grades == value].mean() - share) < 5 * np.sqrt(share * (1 - share) / 10_000)
+
+
+def test_reward_noise_belongs_to_seed_step_and_row():
+    """Whichever rows a process holds, in whatever order; another step or seed turns others round; none turns none."""
+    rng = np.random.default_rng(0)
+    grades, config = (rng.random(500) < 0.5).astype(float), Config(reward_noise=0.3)
+    whole = turned_round(grades, np.arange(500), 500, config, 7)
+    order = rng.permutation(500)
+    for rows in (order[:200], order[200:]):
+        assert turned_round(grades[rows], rows, 500, config, 7).tolist() == whole[rows].tolist()
+    for other, step in ((config, 8), (Config(reward_noise=0.3, seed=1), 7)):
+        assert (turned_round(grades, np.arange(500), 500, other, step) != whole).any()
+    assert turned_round(grades, np.arange(500), 500, Config(), 7).tolist() == grades.tolist()
