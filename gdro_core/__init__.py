@@ -6,13 +6,25 @@ flaws and what this library does about each (see the README).
 All public names stand here; each module is one idea and opens with the problem it solves.
 """
 
+from gdro_core.adversaries import (
+    Adversary,
+    ChiSquare,
+    CumulatedLosses,
+    CVaR,
+    Entropic,
+    Memory,
+    NoRegret,
+    RunningMeans,
+)
 from gdro_core.allocation import greedy_allocation, sqrt_allocation
 from gdro_core.ambiguity import BestResponse, chi_square, cvar, entropic
-from gdro_core.controller import GDROController, Observation, Plan
-from gdro_core.difficulty import OnlineDifficultyClassifier
+from gdro_core.controller import GDROController, Observation, Plan, Planner
+from gdro_core.difficulty import OnlineDifficultyClassifier, equal_edges
 from gdro_core.grpo import decoupling_price, gradient_variance, gradient_weight, mixed_group_probability
-from gdro_core.prompt_game import PromptGDRO, prompt_payoff
-from gdro_core.rollout_game import RolloutGDRO, rollout_utility
+from gdro_core.prompt_game import ERROR, LEARNABILITY, Payoff, PromptGDRO, prompt_payoff
+from gdro_core.published import PublishedController, PublishedPromptGDRO, PublishedRolloutGDRO
+from gdro_core.rollout_game import RolloutGDRO
+from gdro_core.selection import nearest_to_half
 from gdro_core.theory.bandits import Exp3, Exp3IX, Exp3P, Exp3S, Hedge, TsallisINF
 from gdro_core.theory.estimators import (
     MeanAtK,
@@ -23,6 +35,7 @@ from gdro_core.theory.estimators import (
     pass_at_k,
     truncated_mean,
 )
+from gdro_core.theory.exact_play import ExactPlay
 from gdro_core.theory.neyman import ClipOGD, PlugInNeyman, neyman_regret
 from gdro_core.theory.paths import (
     allocation_marginals,
@@ -48,10 +61,22 @@ from gdro_core.theory.regret import (
     tracking_complexity,
     tsallis_inf_bound,
 )
+from gdro_core.utilities import HIT, MIXED, VARIANCE, Utility, rollout_utility
 
 __all__ = [
+    "ERROR",
+    "HIT",
+    "LEARNABILITY",
+    "MIXED",
+    "VARIANCE",
+    "Adversary",
     "BestResponse",
+    "CVaR",
+    "ChiSquare",
     "ClipOGD",
+    "CumulatedLosses",
+    "Entropic",
+    "ExactPlay",
     "Exp3",
     "Exp3IX",
     "Exp3P",
@@ -59,14 +84,23 @@ __all__ = [
     "GDROController",
     "Hedge",
     "MeanAtK",
+    "Memory",
+    "NoRegret",
     "Observation",
     "OnlineDifficultyClassifier",
+    "Payoff",
     "Plan",
+    "Planner",
     "PlugInNeyman",
     "PromptGDRO",
+    "PublishedController",
+    "PublishedPromptGDRO",
+    "PublishedRolloutGDRO",
     "RolloutGDRO",
+    "RunningMeans",
     "ShadowPrice",
     "TsallisINF",
+    "Utility",
     "allocation_marginals",
     "best_in_hindsight",
     "catoni_mean",
@@ -78,6 +112,7 @@ __all__ = [
     "duality_gap",
     "duality_gap_bound",
     "entropic",
+    "equal_edges",
     "exact_budget_allocation",
     "exp3_bound",
     "exp3_ix_bound",
@@ -94,6 +129,7 @@ __all__ = [
     "mean_at_k",
     "median_of_means",
     "mixed_group_probability",
+    "nearest_to_half",
     "neyman_regret",
     "pass_at_k",
     "path_learning_rate",

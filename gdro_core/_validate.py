@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -74,3 +74,26 @@ def state(name: str, found: Mapping[str, Any], expected: Mapping[str, Any], memo
             raise ValueError(f"state of {name} lacks {key!r}")
         if key in expected and found[key] != expected[key]:
             raise ValueError(f"state of {name} has {key} = {found[key]!r}, this one needs {expected[key]!r}")
+
+
+class _Part(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None: ...
+
+
+def load_parts(name: str, parts: Mapping[str, _Part | None], saved: Mapping[str, Any]) -> None:
+    """Load the state of every part, or of none; both sides must have the same parts."""
+    for key, part in parts.items():
+        if (part is None) != (saved[key] is None):
+            raise ValueError(f"state of {name} {'has' if part is None else 'lacks'} {key}, this one does not")
+    before = {key: part.state_dict() for key, part in parts.items() if part is not None}
+    try:
+        for key, part in parts.items():
+            if part is not None:
+                part.load_state_dict(saved[key])
+    except BaseException:
+        for key, part in parts.items():
+            if part is not None:
+                part.load_state_dict(before[key])
+        raise

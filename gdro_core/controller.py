@@ -7,18 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from gdro_core._validate import Floats, Ints, floats, integer, integers, number, state, unique_ids
-from gdro_core.difficulty import OnlineDifficultyClassifier
+from gdro_core._old_states import controller_1
+from gdro_core._validate import Floats, Ints, floats, integer, integers, load_parts, number, state, unique_ids
+from gdro_core.adversaries import Adversary, Entropic
+from gdro_core.difficulty import OnlineDifficultyClassifier, equal_edges
 from gdro_core.grpo import gradient_weight
-from gdro_core.prompt_game import PromptGDRO, prompt_payoff
+from gdro_core.prompt_game import PromptGDRO
 from gdro_core.rollout_game import RolloutGDRO
-
-PATIENCE = 10  # batches observed without any losses until a controller that needs them complains
+from gdro_core.utilities import VARIANCE, Utility
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +89,18 @@ class Observation:
         correct = np.bincount(owner, weights=reward, minlength=size).astype(np.float64)
         return cls(plan, correct, np.bincount(owner, minlength=size))
 
+    @classmethod
+    def of_plan(cls, plan: Plan, rewards: ArrayLike | Observation) -> Observation:
+        """What a planner was given to observe, if it is of this plan.
+
+        Raises:
+            ValueError: as `of`, or an observation of another plan.
+        """
+        found = rewards if isinstance(rewards, Observation) else cls.of(plan, rewards)
+        if not found.plan.same(plan):
+            raise ValueError(f"rewards must be an observation of this plan, got one of step {found.plan.step}")
+        return found
+
     def merge(self, other: Observation) -> Observation:
         """Both together.
 
@@ -102,6 +115,61 @@ class Observation:
             raise ValueError(f"observations must not share rollouts, got too many of {twice!r}")
         return Observation(self.plan, self.correct + other.correct, trials)
 
+    def by_bin(self, num_bins: int) -> dict[str, Any]:
+        """What the batch was, per bin (lists of B, None for a bin without prompts) and in all.
+
+        Returns:
+            bin_share, unseen_share: share of the batch's prompts; bin_error: 1 - mean reward (of prompts with a graded
+            rollout); bin_rollouts: mean count.
+        """
+        plan, graded = self.plan, self.trials > 0
+        error = 1.0 - self.correct / np.maximum(self.trials, 1)
+        seen = plan.bins >= 0
+        return {
+            "bin_share": (np.bincount(plan.bins[seen], minlength=num_bins) / len(plan.ids)).tolist(),
+            "unseen_share": float(1.0 - seen.mean()),
+            "bin_error": _means(plan.bins, error, seen & graded, num_bins),
+            "bin_rollouts": _means(plan.bins, plan.counts, seen, num_bins),
+        }
+
+    def steering(self, num_bins: int) -> dict[str, Any]:
+        """What the games did with the batch.
+
+        Returns:
+            bin_weight: mean weight per bin; shadow_price; lead_lag: mean bin index under the weights minus under the
+            data (Eq. 32), below 0 when the weights lean to harder bins.
+        """
+        plan = self.plan
+        seen = plan.bins >= 0
+        b = plan.bins[seen]
+        return {
+            "bin_weight": _means(plan.bins, plan.weights, seen, num_bins),
+            "shadow_price": plan.price,
+            "lead_lag": float(np.average(b, weights=plan.weights[seen]) - b.mean()) if b.size else None,
+        }
+
+
+def _means(bins: Ints, values: Floats | Ints, rows: NDArray[np.bool_], num_bins: int) -> list[float | None]:
+    """Mean of some rows' values in each bin."""
+    total = np.bincount(bins[rows], weights=values[rows], minlength=num_bins)
+    size = np.bincount(bins[rows], minlength=num_bins)
+    return [float(t / n) if n else None for t, n in zip(total, size, strict=True)]
+
+
+class Planner(Protocol):
+    """Decides a batch's weights and rollouts, and learns from the rewards: controllers, and whatever stands in for one.
+
+    >>> planner: Planner = GDROController.uniform(mean_rollouts=2)
+    >>> planner.plan(["a", "b"]).counts
+    array([2, 2])
+    """
+
+    def plan(self, ids: Sequence[Hashable]) -> Plan:
+        """Decide weights and counts for a batch, from past observations only. Changes nothing that later plans need."""
+
+    def observe(self, plan: Plan, rewards: ArrayLike | Observation) -> dict[str, Any]:
+        """Learn from the graded rollouts of a plan; returns metrics."""
+
 
 class GDROController:
     r"""Two games over one difficulty classifier; either may be absent, and without both it is plain GRPO.
@@ -110,8 +178,9 @@ class GDROController:
     the games steer directions, not the learning rate. In one averaged over prompts (n_bar / n_i on each rollout) the
     mean that counts is 1 - Cov(n, w) / n_bar, below 1 where heavy prompts get more rollouts: a shorter step, unless the
     optimizer normalises its steps, as Adam does. Ratios of weights never depend on the batch, but for
-    `preserve_objective`. Departs: `weighting="published"` leaves Eq. 16's weights unnormalised. Counts always sum to
-    n_bar N.
+    `preserve_objective`. Counts always sum to n_bar N.
+
+    Departs: the paper's own controller, whose weights are unnormalised (Eq. 16), is `PublishedController`.
 
     Several workers with the same state make the same plan: ties are broken by a generator seeded with (seed, step).
 
@@ -124,10 +193,10 @@ class GDROController:
         preserve_objective: rollouts change the variance of the update, not what it ascends (F6). Std-normalised GRPO
             pulls a prompt by w_n(p) grad p (`gradient_weight`), which grows with n; its weight is therefore multiplied
             by w_nbar(p) / w_n(p) at the posterior mean of p, after the weights have got mean 1 over the *prompts* of
-            the batch (published ones stay unnormalised). Where that is the true p, the expected update is the one of
-            n_bar rollouts each. Holds for advantages divided by the group's population std and losses averaged over a
-            prompt's rollouts first; a mean over all rollouts pulls by n w_n, and needs n_bar / n on top. Needs
-            n_min >= 2 (a single rollout has no gradient) and a whole n_bar.
+            the batch. Where that is the true p, the expected update is the one of n_bar rollouts each. Holds for
+            advantages divided by the group's population std and losses averaged over a prompt's rollouts first; a mean
+            over all rollouts pulls by n w_n, and needs n_bar / n on top. Needs n_min >= 2 (a single rollout has no
+            gradient) and a whole n_bar.
         seed: decides ties.
 
     >>> controller = GDROController.recommended(mean_rollouts=4, seed=0)
@@ -150,18 +219,18 @@ class GDROController:
         preserve_objective: bool = False,
         seed: int = 0,
     ) -> None:
-        for name, game in (("prompt", prompt), ("rollout", rollout)):
-            if game is not None and game.num_bins != classifier.num_bins:
-                raise ValueError(
-                    f"{name}.num_bins must equal the classifier's {classifier.num_bins}, got {game.num_bins}"
-                )
+        if prompt is not None and prompt.num_bins != classifier.num_bins:
+            raise ValueError(
+                f"prompt.num_bins must equal the classifier's {classifier.num_bins}, got {prompt.num_bins}"
+            )
         if (rollout is None) == (mean_rollouts is None):
             raise ValueError(
                 f"exactly one of rollout and mean_rollouts must be given, got mean_rollouts={mean_rollouts!r}"
             )
-        if prompt is not None and prompt.payoff == "learnability":
+        if prompt is not None:
             least = mean_rollouts if rollout is None else rollout.min_rollouts
-            number("min_rollouts with payoff 'learnability'", least or 0, 2)
+            if prompt.payoff.fewest > 1:
+                number(f"min_rollouts with payoff {prompt.payoff.name!r}", least or 0, prompt.payoff.fewest)
         self.classifier, self.prompt, self.rollout = classifier, prompt, rollout
         if preserve_objective and rollout is not None:
             number("min_rollouts with preserve_objective", rollout.min_rollouts, 2)
@@ -174,12 +243,11 @@ class GDROController:
         self.seed = integer("seed", seed, 0)
         self._mean_rollouts = None if mean_rollouts is None else integer("mean_rollouts", mean_rollouts, 1)
         self._step = 0
-        self._unfed: int | None = 0  # observations since the start or the restart; None once losses have come
 
     @classmethod
-    def uniform(cls, mean_rollouts: int, *, num_bins: int = 10, seed: int = 0) -> GDROController:
+    def uniform(cls, mean_rollouts: int, *, num_bins: int = 10, seed: int = 0) -> Self:
         """Plain GRPO: weight 1 and n_bar rollouts for all; difficulty is observed for the metrics only."""
-        return cls(OnlineDifficultyClassifier(_equal_edges(num_bins)), mean_rollouts=mean_rollouts, seed=seed)
+        return cls(OnlineDifficultyClassifier(equal_edges(num_bins)), mean_rollouts=mean_rollouts, seed=seed)
 
     @classmethod
     def recommended(
@@ -191,12 +259,11 @@ class GDROController:
         num_bins: int = 10,
         prompt: bool = True,
         rollout: bool = True,
-        adversary: str = "entropic",
-        step_size: float = 2.0,
-        utility: str = "variance",
+        adversary: Adversary = Entropic(2.0),
+        utility: Utility = VARIANCE,
         preserve_objective: bool = False,
         seed: int = 0,
-    ) -> GDROController:
+    ) -> Self:
         """What measured best so far: error payoff (η = 2) around the data share, counts per prompt by the joint law.
 
         Chosen by `simulations/experiments/tuning.py` among 54 on populations that no report uses: η = 4 gains more
@@ -204,72 +271,25 @@ class GDROController:
         (`make compare`, `make tune`; paper/README.md, section 7) it is above tuned GRPO, its null and the rollout
         game where little transfers between kinds of problems, and level where much does; a χ² adversary does as well, a
         sharper one (η = 4, 8) no better. Average the loss over rollouts, so that a prompt counts by its rollouts
-        (`simulations/experiments/aggregation.py`). The rollout game alone may do better with `utility="hit"`.
+        (`simulations/experiments/aggregation.py`). The rollout game alone may do better with the utility `HIT`.
 
-        Differs from `published` in: bins by a Beta posterior of the pass rate instead of any-of-n (F10); a payoff that
-        sees difficulty (F1); weights e^{ηS} normalised to mean 1; counts from the posterior variance (F2) for each
-        prompt instead of each bin; both games together, coupled by n ∝ ω√v (F7).
+        Differs from `PublishedController` in: bins by a Beta posterior of the pass rate instead of any-of-n (F10); a
+        payoff that sees difficulty (F1); weights e^{ηS} normalised to mean 1; counts from the posterior variance (F2)
+        for each prompt instead of each bin; both games together, coupled by n ∝ ω√v (F7).
         """
         return cls(
-            OnlineDifficultyClassifier(_equal_edges(num_bins)),
-            PromptGDRO(num_bins, adversary=adversary, step_size=step_size) if prompt else None,
-            RolloutGDRO(num_bins, mean_rollouts, min_rollouts, max_rollouts, utility=utility) if rollout else None,
+            OnlineDifficultyClassifier(equal_edges(num_bins)),
+            PromptGDRO(num_bins, adversary=adversary) if prompt else None,
+            RolloutGDRO(mean_rollouts, min_rollouts, max_rollouts, utility) if rollout else None,
             mean_rollouts=None if rollout else mean_rollouts,
             preserve_objective=preserve_objective,
             seed=seed,
         )
 
-    @classmethod
-    def published(
-        cls,
-        mean_rollouts: int,
-        min_rollouts: int = 2,
-        max_rollouts: int = 12,
-        *,
-        num_bins: int = 10,
-        prompt: bool = True,
-        rollout: bool = False,
-        seed: int = 0,
-    ) -> GDROController:
-        """The paper's choices (App. A). Its runs play one game at a time; both together are uncoupled.
-
-        Prompt: surrogate payoff, share-normalised, η 0.65, γ 0.01, β 0.12, ω_max 15, weights as in Eq. 16; window 100.
-        Rollout: bandit over n per bin, η 0.65, γ 0.01, EMA 0.4, α_μ 0.05; window 50. Both: any-of-n
-        bins, δ 0.03 (0.3 / B above 10 bins, as 0.03 would soon be half a bin).
-        Departs, where the released code does (F3, F5): bins are looked up by id, unseen prompts get weight 1 and n_bar
-        rollouts, ties break at random, a played arm's score is updated.
-        """
-        window = 100 if prompt else 50
-        return cls(
-            OnlineDifficultyClassifier(
-                _equal_edges(num_bins), "any", window=window, hysteresis=min(0.03, 0.3 / num_bins)
-            ),
-            PromptGDRO(
-                num_bins,
-                payoff="surrogate",
-                step_size=0.65,
-                exploration=0.01,
-                reference="uniform",
-                weighting="published",
-                share_normalised=True,
-            )
-            if prompt
-            else None,
-            RolloutGDRO(
-                num_bins,
-                mean_rollouts,
-                min_rollouts,
-                max_rollouts,
-                utility="surrogate",
-                granularity="bin",
-                feedback="published",
-            )
-            if rollout
-            else None,
-            mean_rollouts=None if rollout else mean_rollouts,
-            joint=False,
-            seed=seed,
-        )
+    @property
+    def mean_rollouts(self) -> float:
+        """n_bar [rollouts / prompt]."""
+        return float(self._mean_rollouts or 0) if self.rollout is None else self.rollout.mean_rollouts
 
     def plan(self, ids: Sequence[Hashable]) -> Plan:
         """Decide weights and counts for a batch, from past observations only. Changes nothing.
@@ -279,13 +299,7 @@ class GDROController:
 
         Raises:
             ValueError: ids empty or not unique, or a budget that cannot be met.
-            RuntimeError: a controller that `needs_losses` observed ten batches and was never given any.
         """
-        if self.needs_losses and self._unfed is not None and self._unfed >= PATIENCE:
-            raise RuntimeError(
-                f"published games learn from the update's losses alone, and none came in {self._unfed} batches: call "
-                "observe_losses(plan, losses) after each update, or use GDROController.recommended"
-            )
         names = unique_ids(ids)
         bins = self.classifier.bins(names)
         weights = np.ones(len(names)) if self.prompt is None else self.prompt.weights(bins)
@@ -297,7 +311,7 @@ class GDROController:
             a, b = self.classifier.posterior(names)
             counts, price = self.rollout.allocate(bins, a, b, weights if self.joint else None, rng=rng)
         preserved = self.rollout if self.preserve_objective else None
-        if self.prompt is not None and self.prompt.weighting == "importance":
+        if self.prompt is not None:
             weights = weights / np.average(weights, weights=counts if preserved is None else None)
         if preserved is not None:
             p = self.classifier.pass_rate(names)
@@ -323,119 +337,50 @@ class GDROController:
             ValueError: rewards of another length, outside [0, 1] or not finite, or an observation of another plan;
                 nothing has changed then.
         """
-        seen = rewards if isinstance(rewards, Observation) else Observation.of(plan, rewards)
-        if not seen.plan.same(plan):
-            raise ValueError(f"rewards must be an observation of this plan, got one of step {seen.plan.step}")
-        if self.prompt is not None and self.prompt.payoff != "surrogate":
-            told = seen.trials >= (2 if self.prompt.payoff == "learnability" else 1)
-            self.prompt.observe(
-                plan.bins[told], prompt_payoff(self.prompt.payoff, seen.correct[told], seen.trials[told])
-            )
-        self.classifier.observe(plan.ids, seen.correct, seen.trials)
+        observation = Observation.of_plan(plan, rewards)
+        if self.prompt is not None:
+            payoff = self.prompt.payoff
+            graded = observation.trials >= payoff.fewest
+            gains = payoff.of(observation.correct[graded], observation.trials[graded])
+            self.prompt.observe(plan.bins[graded], gains)
+        self.classifier.observe(plan.ids, observation.correct, observation.trials)
         self._step += 1
-        if self._unfed is not None:
-            self._unfed += 1
-        return self.metrics(seen)
-
-    @property
-    def needs_losses(self) -> bool:
-        """Whether a game waits for `observe_losses`: the published payoffs are by-products of the policy update."""
-        return (self.prompt is not None and self.prompt.payoff == "surrogate") or (
-            self.rollout is not None and self.rollout.utility == "surrogate"
-        )
-
-    def observe_losses(self, plan: Plan, losses: ArrayLike) -> None:
-        """Feed the published games with the update's prompt losses (Eq. 7), unweighted; others need no call.
-
-        Args:
-            plan: the plan of the batch.
-            losses: (N,) mean over the prompt's rollouts of the clipped surrogate loss.
-        """
-        loss = floats("losses", losses, (len(plan.ids),))
-        if self.rollout is not None and self.rollout.utility == "surrogate":
-            self.rollout.observe(plan.bins, plan.counts, loss)
-        if self.prompt is not None and self.prompt.payoff == "surrogate":
-            self.prompt.observe(plan.bins, loss)
-        self._unfed = None
+        return self.metrics(observation)
 
     def metrics(self, observation: Observation) -> dict[str, Any]:
-        """What a step did, per bin (lists of B, None for a bin without prompts) and in all.
-
-        Args:
-            observation: of the batch; prompts of which no rollout was graded count for all but `bin_error`.
+        """What a step did: `Observation.by_bin`, and with a game `Observation.steering`.
 
         Returns:
-            bin_share, unseen_share: share of the batch's prompts; bin_error: 1 - mean reward; bin_weight: mean weight;
-            bin_rollouts: mean count; bin_probability: q_b (prompt game only); shadow_price; lead_lag: mean bin index
-            under the weights minus under the data (Eq. 32), below 0 when the weights lean to harder bins. Without a
-            game bin_weight, shadow_price and lead_lag are absent.
+            these, and bin_probability: q_b (prompt game only).
         """
-        plan, graded = observation.plan, observation.trials > 0
-        error = 1.0 - observation.correct / np.maximum(observation.trials, 1)
-        seen = plan.bins >= 0
-        b = plan.bins[seen]
-        size = np.bincount(b, minlength=self.classifier.num_bins)
-
-        def per_bin(values: Floats | Ints, rows: NDArray[np.bool_] = seen) -> list[float | None]:
-            total = np.bincount(plan.bins[rows], weights=values[rows], minlength=size.size)
-            number_of = np.bincount(plan.bins[rows], minlength=size.size)
-            return [float(t / n) if n else None for t, n in zip(total, number_of, strict=True)]
-
-        found: dict[str, Any] = {
-            "bin_share": (size / len(plan.ids)).tolist(),
-            "unseen_share": float(1.0 - seen.mean()),
-            "bin_error": per_bin(error, seen & graded),
-            "bin_rollouts": per_bin(plan.counts),
-        }
+        found = observation.by_bin(self.classifier.num_bins)
         if self.prompt is not None:
             found["bin_probability"] = self.prompt.probabilities.tolist()
         if self.prompt is not None or self.rollout is not None:
-            found["bin_weight"] = per_bin(plan.weights)
-            found["shadow_price"] = plan.price
-            found["lead_lag"] = float(np.average(b, weights=plan.weights[seen]) - b.mean()) if b.size else None
+            found |= observation.steering(self.classifier.num_bins)
         return found
 
     def state_dict(self) -> dict[str, Any]:
         """All memory as plain lists and numbers; `load_state_dict` continues bit for bit."""
-        return {
-            **self._settings(),
-            "step": self._step,
-            "classifier": self.classifier.state_dict(),
-            "prompt": None if self.prompt is None else self.prompt.state_dict(),
-            "rollout": None if self.rollout is None else self.rollout.state_dict(),
-        }
+        prompt = None if self.prompt is None else self.prompt.state_dict()
+        return {**self._settings(), "step": self._step, "classifier": self.classifier.state_dict(), "prompt": prompt}
 
-    def load_state_dict(self, found: Mapping[str, Any]) -> None:
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Continue from `state_dict()` of a controller with the same parts and settings.
 
         Raises:
             ValueError: other parts, settings, shapes or version; nothing has changed then.
         """
-        state("GDROController", found, self._settings(), ("step", "classifier", "prompt", "rollout"))
-        parts = {"classifier": self.classifier, "prompt": self.prompt, "rollout": self.rollout}
-        for name, part in parts.items():
-            if (part is None) != (found.get(name) is None):
-                raise ValueError(
-                    f"state of GDROController {'has' if part is None else 'lacks'} {name}, this one does not"
-                )
-        step = integer("step", found["step"], 0)
-        before = {name: part.state_dict() for name, part in parts.items() if part is not None}
-        try:
-            for name, part in parts.items():
-                if part is not None:
-                    part.load_state_dict(found[name])
-        except BaseException:
-            for name, part in parts.items():
-                if part is not None:
-                    part.load_state_dict(before[name])
-            raise
-        self._step, self._unfed = step, 0
+        if saved.get("version") == 1:
+            saved = controller_1(saved)
+        parts = {"classifier": self.classifier, "prompt": self.prompt}
+        state("GDROController", saved, self._settings(), ("step", *parts))
+        step = integer("step", saved["step"], 0)
+        load_parts("GDROController", parts, saved)
+        self._step = step
 
     def _settings(self) -> dict[str, Any]:
         names = ("seed", "joint", "preserve_objective")
-        return {"version": 1, **{name: getattr(self, name) for name in names}, "mean_rollouts": self._mean_rollouts}
-
-
-def _equal_edges(num_bins: int) -> Floats:
-    bins = integer("num_bins", num_bins, 1)
-    return np.arange(1, bins) / bins  # 3 / 10 is 0.3, as one writes it and as posterior means round
+        settings = {"version": 2, **{name: getattr(self, name) for name in names}}
+        rollout = None if self.rollout is None else self.rollout.settings()
+        return {**settings, "mean_rollouts": self._mean_rollouts, "rollout": rollout}

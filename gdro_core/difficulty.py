@@ -15,6 +15,16 @@ from gdro_core._validate import Floats, Ints, choice, floats, integer, integers,
 STATISTICS = ("pass_rate", "pass@k", "any")
 
 
+def equal_edges(num_bins: int) -> Floats:
+    """(B - 1,) interior edges of B bins of equal width.
+
+    >>> equal_edges(4)
+    array([0.25, 0.5 , 0.75])
+    """
+    bins = integer("num_bins", num_bins, 1)
+    return np.arange(1, bins) / bins  # 3 / 10 is 0.3, as one writes it and as posterior means round
+
+
 class OnlineDifficultyClassifier:
     r"""Bins of prompts by a running estimate of how often the policy solves them; bin 0 is the hardest.
 

@@ -1,4 +1,4 @@
-"""Published ways to spend rollouts, each as a small `race.Peer`.
+"""Published ways to spend rollouts, each a small `gdro_core.Planner`.
 
 Rules are short readings of the papers: whatever a paper knows of a prompt's pass rate (embeddings, a smaller model) is
 replaced by the controller's own Beta posterior, and counts lie in 2..24 where a paper has another range. "Departs:"
@@ -8,24 +8,34 @@ marks what else is not the paper's.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.stats import beta
 
 from gdro_core import (
+    HIT,
+    Adversary,
+    ChiSquare,
+    CVaR,
+    Entropic,
     GDROController,
+    Observation,
     OnlineDifficultyClassifier,
+    Plan,
+    Planner,
     PromptGDRO,
+    PublishedController,
     RolloutGDRO,
     greedy_allocation,
     mixed_group_probability,
-    rollout_utility,
+    nearest_to_half,
     sqrt_allocation,
 )
 from simulations.population import Floats, Ints, SkillPopulation
-from simulations.race import Ask, Groups, Peer
+from simulations.race import Groups
 
 LOW, HIGH = 2, 24  # rollouts of a prompt
 
@@ -36,25 +46,32 @@ class Uniform:
     Args:
         population: read for ids, and by those that say so for groups or true pass rates.
         mean_rollouts: n_bar.
+        rng: of the peer's own draws (`race.own_stream`).
     """
 
     fills_batches = False  # whether only mixed groups are trained on, collected until a batch is full
 
-    def __init__(self, population: SkillPopulation, mean_rollouts: int) -> None:
-        self.population, self.mean = population, mean_rollouts
-        self.memory = OnlineDifficultyClassifier()
+    def __init__(self, population: SkillPopulation, mean_rollouts: int, rng: np.random.Generator) -> None:
+        self.population, self.mean, self.rng = population, mean_rollouts, rng
+        self.memory, self.step = OnlineDifficultyClassifier(), 0
 
-    def plan(self, ids: list[int], rng: np.random.Generator) -> Ask:
+    def plan(self, ids: Sequence[Hashable]) -> Plan:
         """Which prompts, how many rollouts, which weights."""
-        return Ask(ids, self.counts(ids, rng), self.weights(ids))
+        chosen = self.chosen(np.asarray(ids, dtype=np.int64))
+        bins = self.memory.bins(chosen)
+        return Plan(tuple(chosen.tolist()), bins, self.weights(chosen), self.counts(chosen), 0.0, self.step)
 
-    def counts(self, ids: list[int], rng: np.random.Generator) -> Ints:
+    def chosen(self, ids: Ints) -> Ints:
+        """The prompts to train on, for the (N,) drawn ones."""
+        return ids
+
+    def counts(self, ids: Ints) -> Ints:
         """(N,) rollouts."""
-        return np.full(len(ids), self.mean)
+        return np.full(ids.size, self.mean)
 
-    def weights(self, ids: list[int]) -> Floats:
+    def weights(self, ids: Ints) -> Floats:
         """(N,) weights of mean 1."""
-        return np.ones(len(ids))
+        return np.ones(ids.size)
 
     def more(self, groups: Groups, done: int) -> Ints | None:
         """(N,) further rollouts after `done` rounds, or None."""
@@ -64,10 +81,17 @@ class Uniform:
         """What is trained on."""
         return groups
 
-    def observe(self, plan: Ask, rewards: Floats) -> None:
+    def observe(self, plan: Plan, rewards: ArrayLike | Observation) -> dict[str, Any]:
         """Learn from all rollouts of the plan."""
-        successes = np.bincount(np.repeat(np.arange(len(plan.ids)), plan.counts), rewards, minlength=len(plan.ids))
-        self.memory.observe(plan.ids, successes, plan.counts)
+        observation = Observation.of_plan(plan, rewards)
+        ids = np.asarray(plan.ids, dtype=np.int64)
+        self.memory.observe(ids, observation.correct, observation.trials)
+        self.learn(ids, observation)
+        self.step += 1
+        return {}
+
+    def learn(self, ids: Ints, observation: Observation) -> None:
+        """What a peer remembers besides the posteriors."""
 
 
 class Greedy(Uniform):
@@ -77,13 +101,13 @@ class Greedy(Uniform):
         """(N, A) concave utilities of LOW..HIGH rollouts, for posteriors Beta(a, b)."""
         raise NotImplementedError
 
-    def counts(self, ids: list[int], rng: np.random.Generator) -> Ints:
+    def counts(self, ids: Ints) -> Ints:
         """(N,) rollouts by marginal gain."""
         a, b = self.memory.posterior(ids)
-        seen, counts = self.memory.bins(ids) >= 0, np.full(len(ids), self.mean)
+        seen, counts = self.memory.bins(ids) >= 0, np.full(ids.size, self.mean)
         if seen.any():
             budget = self.mean * int(seen.sum())
-            counts[seen] = greedy_allocation(self.utility(a[seen], b[seen]), budget, min_rollouts=LOW, rng=rng)
+            counts[seen] = greedy_allocation(self.utility(a[seen], b[seen]), budget, min_rollouts=LOW, rng=self.rng)
         return counts
 
 
@@ -102,11 +126,11 @@ class NeymanPlugIn(Greedy):
 class NeymanOracle(Uniform):
     """n ∝ √(p (1 - p)) with the true pass rates: what no method can know."""
 
-    def counts(self, ids: list[int], rng: np.random.Generator) -> Ints:
+    def counts(self, ids: Ints) -> Ints:
         """(N,) whole counts that minimise sum p (1 - p) / n."""
         p = self.population.pass_rate[ids]
         utility = -(p * (1 - p))[:, None] / ARMS
-        return greedy_allocation(utility, self.mean * len(ids), min_rollouts=LOW, rng=rng)
+        return greedy_allocation(utility, self.mean * ids.size, min_rollouts=LOW, rng=self.rng)
 
 
 class VIP(Uniform):
@@ -116,11 +140,11 @@ class VIP(Uniform):
     over, and whole counts are by largest remainder.
     """
 
-    def counts(self, ids: list[int], rng: np.random.Generator) -> Ints:
+    def counts(self, ids: Ints) -> Ints:
         """(N,) rollouts."""
         a, b = self.memory.posterior(ids)
         real = 1 + sqrt_allocation(a * b / (a + b) ** 2, self.mean - 1, lower=LOW - 1, upper=HIGH - 1)
-        return _rounded(real, self.mean * len(ids))
+        return _rounded(real, self.mean * ids.size)
 
 
 class Knapsack(Greedy):
@@ -146,10 +170,9 @@ class CoBA(Greedy):
         p, alpha = a / (a + b), 1 + 5 * self.failure
         return np.asarray(-np.expm1(-ARMS * (p * (1 - p))[:, None]) * beta.pdf(p, alpha, 7 - alpha)[:, None])
 
-    def observe(self, plan: Ask, rewards: Floats) -> None:
+    def learn(self, ids: Ints, observation: Observation) -> None:
         """The failure rate is that of the last batch."""
-        super().observe(plan, rewards)
-        self.failure = 1.0 - float(rewards.mean())
+        self.failure = 1.0 - float(observation.correct.sum() / observation.trials.sum())
 
 
 class HORA(Greedy):
@@ -157,7 +180,7 @@ class HORA(Greedy):
 
     def utility(self, a: Floats, b: Floats) -> Floats:
         """Posterior chance of a hit."""
-        return rollout_utility("hit", a, b, ARMS)
+        return HIT.of(a, b, ARMS)
 
 
 class ReinforceAda(Uniform):
@@ -198,65 +221,60 @@ class GRESO(DAPO):
     What is left fills batches as in DAPO. Departs: p_s = 0.5 throughout, where the paper steers it to a target share.
     """
 
-    def __init__(self, population: SkillPopulation, mean_rollouts: int) -> None:
-        super().__init__(population, mean_rollouts)
+    def __init__(self, population: SkillPopulation, mean_rollouts: int, rng: np.random.Generator) -> None:
+        super().__init__(population, mean_rollouts, rng)
         self.streak = np.zeros(population.prompts, dtype=np.int64)
 
-    def plan(self, ids: list[int], rng: np.random.Generator) -> Ask:
+    def chosen(self, ids: Ints) -> Ints:
         """The prompts that are not skipped; one at least."""
         chance = np.maximum(0.5 ** self.streak[ids], 0.01)
-        draws = rng.random(len(ids))
+        draws = self.rng.random(ids.size)
         kept = draws < chance
         kept[np.argmin(draws / chance)] = True
-        chosen = [i for i, stays in zip(ids, kept, strict=True) if stays]
-        return Ask(chosen, np.full(len(chosen), self.mean), np.ones(len(chosen)))
+        return np.asarray(ids[kept])
 
-    def observe(self, plan: Ask, rewards: Floats) -> None:
+    def learn(self, ids: Ints, observation: Observation) -> None:
         """Streaks end with a mixed group."""
-        ids = np.asarray(plan.ids)
-        mean = np.bincount(np.repeat(np.arange(ids.size), plan.counts), rewards, minlength=ids.size) / plan.counts
+        mean = observation.correct / observation.trials
         self.streak[ids] = np.where((mean > 0) & (mean < 1), 0, self.streak[ids] + 1)
 
 
 class MoPPS(Uniform):
-    """MoPPS (2507.04632): draw p ~ Beta(a, b) for 4 N candidates, take the N nearest to 1/2."""
+    """MoPPS (2507.04632): of 4 N candidates the N that `nearest_to_half` draws."""
 
-    def plan(self, ids: list[int], rng: np.random.Generator) -> Ask:
+    def chosen(self, ids: Ints) -> Ints:
         """Candidates are the drawn batch and as many others as make 4 N."""
-        others = rng.permutation(np.setdiff1d(self.population.ids, ids))
-        candidates = np.concatenate([ids, others])[: 4 * len(ids)]
-        draws = rng.beta(*self.memory.posterior(candidates.tolist()))
-        chosen = candidates[np.argsort(np.abs(draws - 0.5), kind="stable")[: len(ids)]].tolist()
-        return Ask(chosen, np.full(len(ids), self.mean), np.ones(len(ids)))
+        others = self.rng.permutation(np.setdiff1d(self.population.ids, ids))
+        candidates = np.concatenate([ids, others])[: 4 * ids.size]
+        return np.asarray(candidates[nearest_to_half(*self.memory.posterior(candidates), ids.size, self.rng)])
 
 
 class GroupWeights(Uniform):
     """Weights q_g / p_g of known groups (the difficulty at the start), mean 1 over the batch; a subclass moves q."""
 
-    def __init__(self, population: SkillPopulation, mean_rollouts: int) -> None:
-        super().__init__(population, mean_rollouts)
+    def __init__(self, population: SkillPopulation, mean_rollouts: int, rng: np.random.Generator) -> None:
+        super().__init__(population, mean_rollouts, rng)
         self.size = np.bincount(population.group)
         self.q = self.size / self.size.sum()
 
-    def weights(self, ids: list[int]) -> Floats:
+    def weights(self, ids: Ints) -> Floats:
         """(N,)."""
         raw = (self.q / np.maximum(self.size / self.size.sum(), 1e-12))[self.population.group[ids]]
         return np.asarray(raw / raw.mean())
 
-    def group_losses(self, plan: Ask, rewards: Floats) -> tuple[Floats, np.ndarray]:
+    def group_losses(self, ids: Ints, observation: Observation) -> tuple[Floats, np.ndarray]:
         """(G,) 1 - mean reward, and which groups are in the batch."""
-        group = np.repeat(self.population.group[np.asarray(plan.ids)], plan.counts)
-        size = np.bincount(group, minlength=self.q.size)
-        return 1 - np.bincount(group, rewards, minlength=self.q.size) / np.maximum(size, 1), size > 0
+        group = self.population.group[ids]
+        size = np.bincount(group, observation.trials, minlength=self.q.size)
+        return 1 - np.bincount(group, observation.correct, minlength=self.q.size) / np.maximum(size, 1), size > 0
 
 
 class Sagawa(GroupWeights):
     """Group DRO (1911.08731): q_g <- q_g exp(eta (loss_g + C / √n_g)), n_g training prompts; eta = .05, C = 1."""
 
-    def observe(self, plan: Ask, rewards: Floats) -> None:
+    def learn(self, ids: Ints, observation: Observation) -> None:
         """One step up."""
-        super().observe(plan, rewards)
-        loss, present = self.group_losses(plan, rewards)
+        loss, present = self.group_losses(ids, observation)
         q = self.q * np.exp(np.where(present, 0.05 * (loss + 1.0 / np.sqrt(np.maximum(self.size, 1))), 0.0))
         self.q = q / q.sum()
 
@@ -269,14 +287,13 @@ class MTGRPO(GroupWeights):
     Departs: a reading of the idea only, with eta .05, lambda 1 and improvement against an average over about 10 steps.
     """
 
-    def __init__(self, population: SkillPopulation, mean_rollouts: int) -> None:
-        super().__init__(population, mean_rollouts)
+    def __init__(self, population: SkillPopulation, mean_rollouts: int, rng: np.random.Generator) -> None:
+        super().__init__(population, mean_rollouts, rng)
         self.past = np.full(self.q.size, np.nan)
 
-    def observe(self, plan: Ask, rewards: Floats) -> None:
+    def learn(self, ids: Ints, observation: Observation) -> None:
         """One step up."""
-        super().observe(plan, rewards)
-        loss, present = self.group_losses(plan, rewards)
+        loss, present = self.group_losses(ids, observation)
         self.past = np.where(np.isnan(self.past), loss, self.past)
         gain = np.maximum(self.past - loss, 0.0)
         q = self.q * np.exp(np.where(present, 0.05 * (loss - gain), 0.0))
@@ -289,8 +306,8 @@ class SEC(Uniform):
     Categories are the difficulty at the start; |A| is that of std-normalised GRPO, 2 √(m (1 - m)) a group on average.
     """
 
-    def __init__(self, population: SkillPopulation, mean_rollouts: int) -> None:
-        super().__init__(population, mean_rollouts)
+    def __init__(self, population: SkillPopulation, mean_rollouts: int, rng: np.random.Generator) -> None:
+        super().__init__(population, mean_rollouts, rng)
         self.members = [np.flatnonzero(population.group == g) for g in np.unique(population.group)]
         self.category = np.searchsorted(np.unique(population.group), population.group)
         self.value = np.zeros(len(self.members))
@@ -299,28 +316,26 @@ class SEC(Uniform):
         """(C,) logits of the categories."""
         return self.value / 0.4
 
-    def plan(self, ids: list[int], rng: np.random.Generator) -> Ask:
+    def chosen(self, ids: Ints) -> Ints:
         """N distinct prompts: a category each by softmax, then a prompt of it."""
         logits = self.preference()
         law = np.exp(logits - logits.max())
         size = np.array([m.size for m in self.members])
-        wanted = np.minimum(rng.multinomial(len(ids), law / law.sum()), size)
-        while (left := len(ids) - int(wanted.sum())) > 0:  # categories that ran out: the others share what is left
+        wanted = np.minimum(self.rng.multinomial(ids.size, law / law.sum()), size)
+        while (left := ids.size - int(wanted.sum())) > 0:  # categories that ran out: the others share what is left
             room = np.where(wanted < size, law, 0.0)
-            wanted = np.minimum(wanted + rng.multinomial(left, room / room.sum()), size)
+            wanted = np.minimum(wanted + self.rng.multinomial(left, room / room.sum()), size)
         pairs = zip(self.members, wanted, strict=True)
-        chosen = np.concatenate([rng.choice(m, k, replace=False) for m, k in pairs]).tolist()
-        return Ask(chosen, np.full(len(ids), self.mean), np.ones(len(ids)))
+        return np.concatenate([self.rng.choice(m, k, replace=False) for m, k in pairs])
 
-    def observe(self, plan: Ask, rewards: Floats) -> None:
+    def learn(self, ids: Ints, observation: Observation) -> None:
         """Advantages seen, per category."""
-        ids = np.asarray(plan.ids)
-        mean = np.bincount(np.repeat(np.arange(ids.size), plan.counts), rewards, minlength=ids.size) / plan.counts
+        mean = observation.correct / observation.trials
         seen = 2 * np.sqrt(mean * (1 - mean))
         for c in np.unique(self.category[ids]):
-            self.learn(int(c), seen[self.category[ids] == c])
+            self.credit(int(c), seen[self.category[ids] == c])
 
-    def learn(self, c: int, advantages: Floats) -> None:
+    def credit(self, c: int, advantages: Floats) -> None:
         """Mean |A| of the prompts of category c."""
         self.value[c] += 0.5 * (advantages.mean() - self.value[c])
 
@@ -328,8 +343,8 @@ class SEC(Uniform):
 class DUMP(SEC):
     """DUMP (2504.09710): categories by softmax(UCB / .1), UCB_c = mean |A| of the last 300 + √(2 ln(n+1) / (n_c+1))."""
 
-    def __init__(self, population: SkillPopulation, mean_rollouts: int) -> None:
-        super().__init__(population, mean_rollouts)
+    def __init__(self, population: SkillPopulation, mean_rollouts: int, rng: np.random.Generator) -> None:
+        super().__init__(population, mean_rollouts, rng)
         self.window: list[deque[float]] = [deque(maxlen=300) for _ in self.members]
         self.visits = np.zeros(len(self.members))
 
@@ -338,7 +353,7 @@ class DUMP(SEC):
         mean = np.array([np.mean(seen) if seen else 0.0 for seen in self.window])
         return np.asarray((mean + np.sqrt(2 * np.log(self.visits.sum() + 1) / (self.visits + 1))) / 0.1)
 
-    def learn(self, c: int, advantages: Floats) -> None:
+    def credit(self, c: int, advantages: Floats) -> None:
         """A window per category."""
         self.window[c].extend(advantages.tolist())
         self.visits[c] += advantages.size
@@ -351,9 +366,9 @@ class VIGOR(Uniform):
     are ranked by (c + 1/2)(n - c + 1/2); ties go to the first.
     """
 
-    def counts(self, ids: list[int], rng: np.random.Generator) -> Ints:
+    def counts(self, ids: Ints) -> Ints:
         """The first round."""
-        return np.full(len(ids), self.mean // 2)
+        return np.full(ids.size, self.mean // 2)
 
     def more(self, groups: Groups, done: int) -> Ints | None:
         """As many again in all, for the half of greatest variance."""
@@ -365,33 +380,33 @@ class VIGOR(Uniform):
 
 
 BINS = 10
+Build = Callable[[SkillPopulation, int, np.random.Generator], Planner]
 
 
-def _core(**options: Any) -> Callable[[SkillPopulation, int], Peer | GDROController]:
+def _core(
+    adversary: Adversary | None = None, *, rollout: bool = False, permute: bool = False, preserve: bool = False
+) -> Build:
     """A controller of gdro_core; its own seed decides ties only."""
 
-    def build(population: SkillPopulation, mean: int) -> Peer | GDROController:
-        rollout = options.get("rollout")
-        game = None if rollout is None else RolloutGDRO(BINS, mean, LOW, HIGH, **rollout)
-        prompt = None if options.get("prompt") is None else PromptGDRO(BINS, **options["prompt"])
+    def build(population: SkillPopulation, mean: int, rng: np.random.Generator) -> Planner:
         return GDROController(
             OnlineDifficultyClassifier(),
-            prompt,
-            game,
-            mean_rollouts=mean if game is None else None,
-            preserve_objective=options.get("preserve", False),
+            None if adversary is None else PromptGDRO(BINS, adversary=adversary),
+            RolloutGDRO(mean, LOW, HIGH, permute=permute) if rollout else None,
+            mean_rollouts=None if rollout else mean,
+            preserve_objective=preserve,
         )
 
     return build
 
 
-def _published(prompt: bool) -> Callable[[SkillPopulation, int], Peer | GDROController]:
-    return lambda population, mean: GDROController.published(mean, LOW, HIGH, prompt=prompt, rollout=not prompt)
+def _published(prompt: bool) -> Build:
+    return lambda population, mean, rng: PublishedController(mean, LOW, HIGH, prompt=prompt, rollout=not prompt)
 
 
-PEERS: dict[str, Callable[[SkillPopulation, int], Peer | GDROController]] = {
+PEERS: dict[str, Build] = {
     "uniform": Uniform,
-    "zero-information null": _core(rollout={"permute": True}),
+    "zero-information null": _core(rollout=True, permute=True),
     "Neyman oracle": NeymanOracle,
     "Neyman plug-in": NeymanPlugIn,
     "VIP": VIP,
@@ -407,14 +422,14 @@ PEERS: dict[str, Callable[[SkillPopulation, int], Peer | GDROController]] = {
     "DUMP": DUMP,
     "VIGOR": VIGOR,
     "Sagawa": Sagawa,
-    "CVaR": _core(prompt={"adversary": "cvar"}),
-    "chi-square": _core(prompt={"adversary": "chi-square"}),
+    "CVaR": _core(CVaR(0.5)),
+    "chi-square": _core(ChiSquare(0.5)),
     "published Prompt-GDRO": _published(True),
     "published Rollout-GDRO": _published(False),
-    "recommended prompt": _core(prompt={}),
-    "recommended rollout": _core(rollout={}),
-    "joint": _core(prompt={}, rollout={}),
-    "joint, objective preserved": _core(prompt={}, rollout={}, preserve=True),
+    "recommended prompt": _core(Entropic(2.0)),
+    "recommended rollout": _core(rollout=True),
+    "joint": _core(Entropic(2.0), rollout=True),
+    "joint, objective preserved": _core(Entropic(2.0), rollout=True, preserve=True),
 }
 
 

@@ -19,13 +19,11 @@ no update makes a prompt harder in expectation; wrong answers that fool the veri
 
 from __future__ import annotations
 
-from typing import Any, Protocol
-
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 
-from gdro_core import GDROController, gradient_weight
+from gdro_core import Planner, PublishedController, gradient_weight
 from simulations.harness import Row
 
 Floats = NDArray[np.float64]
@@ -166,19 +164,9 @@ class SkillPopulation:
         return np.asarray(expit(self.difficulty[rows] + self.loadings[rows] @ self.theta))
 
 
-class Planner(Protocol):
-    """What `train` needs; a GDROController is one too (its `plan` takes no rng). `exact_budget = False` opts out."""
-
-    def plan(self, ids: list[int], rng: np.random.Generator) -> Any:
-        """Something with ids (any of the population's), counts and weights."""
-
-    def observe(self, plan: Any, rewards: Floats) -> Any:
-        """Learn from the graded rollouts of the plan."""
-
-
 def train(
     population: SkillPopulation,
-    planner: Planner | GDROController,
+    planner: Planner,
     steps: int,
     batch: int,
     mean_rollouts: int,
@@ -186,12 +174,12 @@ def train(
 ) -> list[Row]:
     """Train in epochs of permutations; per step the held-out metrics after it, cumulative rollouts, plan and successes.
 
-    Batches, and the planner's own randomness, depend on the seed alone: runs of different planners are paired.
+    Batches depend on the seed alone: runs of different planners are paired.
 
     Raises:
-        ValueError: rollouts off the budget, from a planner that does not declare `exact_budget = False`.
+        ValueError: rollouts off the budget.
     """
-    order, outcome, own = (np.random.default_rng([seed, stream]) for stream in (1, 2, 3))
+    order, outcome = (np.random.default_rng([seed, stream]) for stream in (1, 2))
     queue, rows_out, rollouts = np.zeros(0, dtype=np.int64), [], 0
     for step in range(steps):
         if queue.size < batch:
@@ -199,13 +187,13 @@ def train(
             again = np.isin(fresh, queue)  # the rest of the last epoch goes first; no prompt twice in a batch
             queue = np.concatenate([queue, fresh[~again], fresh[again]])
         drawn, queue = queue[:batch].tolist(), queue[batch:]
-        plan = planner.plan(drawn) if isinstance(planner, GDROController) else planner.plan(drawn, own)
+        plan = planner.plan(drawn)
         spent = int(plan.counts.sum())
-        if spent != mean_rollouts * batch and getattr(planner, "exact_budget", True):
+        if spent != mean_rollouts * batch:
             raise ValueError(f"counts must sum to mean_rollouts x batch = {mean_rollouts * batch}, got {spent}")
         rows = np.asarray(plan.ids, dtype=np.int64)
         rewards = population.sample(rows, plan.counts, outcome)
-        if getattr(planner, "needs_losses", False) and isinstance(planner, GDROController):
+        if isinstance(planner, PublishedController):
             planner.observe_losses(plan, population.prompt_losses(rows, plan.counts, rewards, plan.weights))
         population.update(rows, plan.counts, rewards, plan.weights)
         seen = planner.observe(plan, rewards)

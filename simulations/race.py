@@ -1,29 +1,19 @@
 """The race that compares planners at equal total rollouts; those that are thrown away count too.
 
-A peer has `plan` and `observe` like the controller. One that looks at rollouts before it decides also asks for `more`
-(further rollouts for the same prompts, round after round) and says what to `keep` (what is trained on).
+A peer is a `Planner` like the controllers. One that looks at rollouts before it decides (`Adaptive`) also asks for
+`more` (further rollouts for the same prompts, round after round) and says what to `keep` (what is trained on).
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from gdro_core import GDROController
+from gdro_core import Planner, PublishedController
 from simulations.harness import Row
 from simulations.population import Floats, Ints, SkillPopulation
-
-
-@dataclass(frozen=True, eq=False)
-class Ask:
-    """What a peer plans: ids, rollouts and weight of each prompt."""
-
-    ids: Sequence[Hashable]
-    counts: Ints
-    weights: Floats
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,13 +66,11 @@ class Groups:
         )
 
 
-class Peer(Protocol):
-    """What `race` asks of a planner that is not a controller; `peers.Uniform` is the plainest one."""
+@runtime_checkable
+class Adaptive(Planner, Protocol):
+    """A planner that looks at rollouts before it decides; `peers.Uniform` does so in the plainest way, not at all."""
 
     fills_batches: bool  # whether only what is kept is trained on, collected until a batch is full
-
-    def plan(self, ids: list[int], rng: np.random.Generator) -> Ask:
-        """Which prompts, how many rollouts, which weights."""
 
     def more(self, groups: Groups, done: int) -> Ints | None:
         """(N,) further rollouts after `done` rounds, or None."""
@@ -90,11 +78,8 @@ class Peer(Protocol):
     def keep(self, groups: Groups) -> Groups:
         """What is trained on."""
 
-    def observe(self, plan: Ask, rewards: Floats) -> None:
-        """Learn from all rollouts of the plan."""
 
-
-def race(population: SkillPopulation, planner: Peer | GDROController, total: int, batch: int, seed: int) -> list[Row]:
+def race(population: SkillPopulation, planner: Planner, total: int, batch: int, seed: int) -> list[Row]:
     """Train until `total` rollouts are spent; per step the rollouts so far, held-out metrics and share of mixed groups.
 
     The last step may pass `total`: interpolate there. Streams and epochs are those of `population.train`, so that runs
@@ -102,12 +87,13 @@ def race(population: SkillPopulation, planner: Peer | GDROController, total: int
 
     Args:
         population: at its start; trained in place.
-        planner: a peer or a controller.
+        planner: a controller, or a peer with `own_stream(seed)` for its draws.
         total: rollouts to spend, discarded ones included.
         batch: prompts of a step.
-        seed: of batches, outcomes and the planner's draws.
+        seed: of batches and outcomes.
     """
-    order, outcome, own = (np.random.default_rng([seed, stream]) for stream in (1, 2, 3))
+    order, outcome = (np.random.default_rng([seed, stream]) for stream in (1, 2))
+    adaptive = planner if isinstance(planner, Adaptive) else None
     queue, rollouts, found = np.zeros(0, dtype=np.int64), 0, [_state(population, 0, 0.0)]
     waiting: Groups | None = None
     while rollouts < total:
@@ -115,24 +101,24 @@ def race(population: SkillPopulation, planner: Peer | GDROController, total: int
             fresh = order.permutation(population.prompts)
             queue = np.concatenate([queue, fresh[~np.isin(fresh, queue)], fresh[np.isin(fresh, queue)]])
         drawn, queue = queue[:batch].tolist(), queue[batch:]
-        plan: Any = planner.plan(drawn) if isinstance(planner, GDROController) else planner.plan(drawn, own)
+        plan = planner.plan(drawn)
         rows = np.asarray(plan.ids, dtype=np.int64)
         groups = _sample(population, rows, plan.counts, plan.weights, outcome)
         kept = groups
-        if not isinstance(planner, GDROController):
+        if adaptive is not None:
             done = 1
-            while (extra := planner.more(groups, done)) is not None:
+            while (extra := adaptive.more(groups, done)) is not None:
                 groups, done = groups.with_more(_sample(population, rows, extra, plan.weights, outcome)), done + 1
-            plan, kept = Ask(plan.ids, groups.counts, plan.weights), planner.keep(groups)
+            plan, kept = replace(plan, counts=groups.counts), adaptive.keep(groups)
         rollouts += int(groups.counts.sum())
         full = True
-        if not isinstance(planner, GDROController) and planner.fills_batches:
+        if adaptive is not None and adaptive.fills_batches:
             waiting = kept if waiting is None else _joined(waiting, kept)
             full = waiting.rows.size >= batch
             kept = waiting.of(np.arange(waiting.rows.size) < batch)
         if full:
             population.correct = kept.correct
-            if isinstance(planner, GDROController) and planner.needs_losses:
+            if isinstance(planner, PublishedController):
                 losses = population.prompt_losses(kept.rows, kept.counts, kept.rewards, kept.weights)
                 planner.observe_losses(plan, losses)
             population.update(kept.rows, kept.counts, kept.rewards, kept.weights)
@@ -140,6 +126,11 @@ def race(population: SkillPopulation, planner: Peer | GDROController, total: int
         planner.observe(plan, groups.rewards)
         found.append(_state(population, rollouts, float(groups.mixed.mean())))
     return found
+
+
+def own_stream(seed: int) -> np.random.Generator:
+    """The generator of a peer's own draws in a race of this seed."""
+    return np.random.default_rng([seed, 3])
 
 
 def _state(population: SkillPopulation, rollouts: int, mixed: float) -> Row:

@@ -134,6 +134,11 @@ class Hedge(_Policy):
         step_size = np.sqrt(8.0 * np.log(k) / (t + 2.0 * number("total_delay", total_delay, 0.0)))
         return cls(k, float(step_size), replicates=replicates)
 
+    @property
+    def log_weights(self) -> Floats:
+        """(K,) or (R, K), -eta L_i, the greatest of a row 0."""
+        return self._scores[:, 0].copy() if self.replicates is None else self._scores.T.copy()
+
     def _distribution(self) -> Floats:
         return _softmax(self._scores)
 

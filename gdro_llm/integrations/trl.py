@@ -40,7 +40,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from trl import GRPOTrainer
 
-from gdro_core import GDROController, Observation, Plan
+from gdro_core import GDROController, Observation, Plan, PublishedController
 from gdro_llm.config import UsageError
 from gdro_llm.training.losses import group_advantages, rollout_scale
 
@@ -289,21 +289,24 @@ def ragged_advantages(rewards_R: np.ndarray, plan: Plan, scale_rewards: str) -> 
     return advantages_R
 
 
-def _refusals(kind: type, given: dict[str, Any], controller: GDROController, aggregation: str) -> Iterator[str]:
+def _refusals(
+    kind: type, given: dict[str, Any], controller: GDROController | PublishedController, aggregation: str
+) -> Iterator[str]:
     """What cannot work, seen before anything is loaded."""
     args, dataset = given.get("args"), given.get("train_dataset")
-    game = controller.rollout
-    mean = controller.state_dict()["mean_rollouts"] if game is None else game.mean_rollouts
+    mean = controller.mean_rollouts
     if args is None:
         yield f"args must be a GRPOConfig, with num_generations={mean:g}, got None"
         return
-    if controller.needs_losses:
+    if isinstance(controller, PublishedController):
         yield (
             "controller must not be a published one: its games need losses of the update, which TRL does not tell; "
             "use GDROController.recommended, or the own loop (gdro train --controller published-prompt)"
         )
+        return
     if args.num_generations != mean:
         yield f"num_generations must be the controller's mean_rollouts = {mean:g}, got {args.num_generations}"
+    game = controller.rollout
     if game is not None and game.min_rollouts < 2:
         yield f"min_rollouts must be at least 2, got {game.min_rollouts}: a rollout alone in its group teaches nothing"
     if given.get("rollout_func") is not None:

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from gdro_core import PublishedController
 from gdro_llm.config import Config, UsageError
 from gdro_llm.engine.policy import Policy, load_policy
 from gdro_llm.engine.rollouts import Decoding, Rollouts
@@ -61,7 +62,7 @@ def measure(config: Config, methods: Sequence[Method], warm_up: int, batches: in
         raise UsageError(f"batches must be at least 2 for an interval, got {batches}")
     runs = {method.label: replace(config, **method.settings) for method in methods}
     for label, run in runs.items():
-        if run.refill or build_controller(run).needs_losses:
+        if run.refill or isinstance(build_controller(run), PublishedController):
             why = "waits for mixed groups of several batches" if run.refill else "learns from the losses of updates"
             raise UsageError(f"gdro signal cannot measure {label!r}, which {why}; leave it out of --methods")
     train, _ = load_problems(config)

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from gdro_core import PublishedController
 from gdro_llm.config import Config, UsageError, printable
 from gdro_llm.engine.memory import check_fits
 from gdro_llm.engine.policy import Policy, device_type, load_policy
@@ -115,7 +116,7 @@ def train(
                     losses_P, updated = update_on(batch, policy, run.optimizer, config, workers)
                 except FloatingPointError as error:
                     raise UsageError(f"step {step + 1}: {error}; {other_settings(out)}") from error
-            if controller.needs_losses:  # the published payoff is a by-product of the update
+            if isinstance(controller, PublishedController):  # its payoff is a by-product of the update
                 controller.observe_losses(plan, losses_P)
 
             run.check_sampler(step, updated.get("sampler_gap", 0.0))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 
-from gdro_core import GDROController, Plan
+from gdro_core import GDROController, Observation, Plan
 from simulations.harness import Row, Verdict, paired
 from simulations.population import SkillPopulation, train
 
@@ -39,13 +41,13 @@ class Counting:
     def __init__(self, controller: GDROController) -> None:
         self.controller = controller
 
-    def plan(self, ids: list[int], _: np.random.Generator) -> Plan:
+    def plan(self, ids: Sequence[Hashable]) -> Plan:
         """The controller's, weights times n / n_bar."""
         self.decided = self.controller.plan(ids)
         weights = self.decided.weights * self.decided.counts / self.decided.counts.mean()
         return replace(self.decided, weights=weights)
 
-    def observe(self, _: Plan, rewards: np.ndarray) -> Any:
+    def observe(self, plan: Plan, rewards: ArrayLike | Observation) -> dict[str, Any]:
         """The controller's."""
         return self.controller.observe(self.decided, rewards)
 

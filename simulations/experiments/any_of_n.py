@@ -62,7 +62,7 @@ def simulate(seeds: np.ndarray, quick: bool) -> list[Row]:
         for n in COUNTS:
             _, bins = _play(GDROController(_classifier(statistic), mean_rollouts=n), p, seed, visits)
             rows.append(row | {"part": "fixed", "n": n, "bin": float(bins.mean())})
-        rollout = RolloutGDRO(BINS, BUDGET, 2, 12)
+        rollout = RolloutGDRO(BUDGET, 2, 12)
         loop = GDROController(_classifier(statistic), PromptGDRO(BINS), rollout)
         held = GDROController(_classifier(statistic), PromptGDRO(BINS), mean_rollouts=BUDGET)
         (counts, bins), (_, unmoved) = (_play(controller, p, seed, visits) for controller in (loop, held))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from matplotlib.figure import Figure
 
-from gdro_core import GDROController, OnlineDifficultyClassifier, PromptGDRO, RolloutGDRO
+from gdro_core import GDROController, OnlineDifficultyClassifier, Planner, PromptGDRO, PublishedController, RolloutGDRO
 from simulations.harness import Row, Verdict, paired
 from simulations.population import SkillPopulation, train
 
@@ -33,20 +33,20 @@ MEASURES = {"mean_at_8": "mean@8", "pass_at_8": "pass@8", "worst": "worst group"
 
 
 def _permuted(seed: int) -> GDROController:
-    rollout = RolloutGDRO(10, BUDGET, 2, 12, permute=True)
+    rollout = RolloutGDRO(BUDGET, 2, 12, permute=True)
     return GDROController(OnlineDifficultyClassifier(), None, rollout, seed=seed)
 
 
 def _preserving(seed: int) -> GDROController:
-    rollout = RolloutGDRO(10, BUDGET, 2, 12)
+    rollout = RolloutGDRO(BUDGET, 2, 12)
     return GDROController(OnlineDifficultyClassifier(), PromptGDRO(10), rollout, preserve_objective=True, seed=seed)
 
 
-CONTROLLERS: dict[str, Callable[[int], GDROController]] = {
+CONTROLLERS: dict[str, Callable[[int], Planner]] = {
     "uniform": lambda seed: GDROController.uniform(BUDGET, seed=seed),
     "null: counts permuted": _permuted,
-    "published prompt": lambda seed: GDROController.published(BUDGET, seed=seed),
-    "published rollout": lambda seed: GDROController.published(BUDGET, prompt=False, rollout=True, seed=seed),
+    "published prompt": lambda seed: PublishedController(BUDGET, seed=seed),
+    "published rollout": lambda seed: PublishedController(BUDGET, prompt=False, rollout=True, seed=seed),
     "recommended prompt": lambda seed: GDROController.recommended(BUDGET, rollout=False, seed=seed),
     "recommended rollout": lambda seed: GDROController.recommended(BUDGET, prompt=False, seed=seed),
     "recommended joint": lambda seed: GDROController.recommended(BUDGET, seed=seed),

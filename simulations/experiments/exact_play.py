@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from gdro_core import (
-    RolloutGDRO,
+    PublishedRolloutGDRO,
     allocation_marginals,
     path_learning_rate,
     path_regret_bound,
@@ -81,10 +81,8 @@ def _regret(feedback: str, losses: str, seed: int, horizon: int) -> float:
     rng = np.random.default_rng([seed, horizon, feedback == "full"])
     size, budget, paths = _instance(seed)
     rate = 0.0 if feedback == "published" else path_learning_rate(horizon, BINS, ARMS, feedback=feedback)
-    bins, mean, one = np.repeat(np.arange(BINS), size), budget / size.sum(), np.ones(size.sum())
-    released = RolloutGDRO(
-        BINS, mean, LOW, LOW + ARMS - 1, utility="surrogate", granularity="bin", feedback="published"
-    )
+    bins, mean = np.repeat(np.arange(BINS), size), budget / size.sum()
+    released = PublishedRolloutGDRO(BINS, mean, LOW, LOW + ARMS - 1)
     base, wave = rng.random((BINS, ARMS)), rng.random((BINS, ARMS))
     summed, suffered, estimate = np.zeros((BINS, ARMS)), 0.0, np.zeros((BINS, ARMS))
     rows, last = np.arange(BINS), np.cumsum(size) - 1
@@ -95,8 +93,8 @@ def _regret(feedback: str, losses: str, seed: int, horizon: int) -> float:
         if feedback == "full":
             law = allocation_marginals(-rate * summed, size, budget, min_rollouts=LOW)
         elif feedback == "published":
-            law = (released.counts(bins, one, one)[last, None] == np.arange(ARMS) + LOW).astype(float)  # but for ties
-            counts = released.counts(bins, one, one, rng=rng)
+            law = (released.counts(bins)[last, None] == np.arange(ARMS) + LOW).astype(float)  # but for ties
+            counts = released.counts(bins, rng=rng)
         else:
             counts, law = sample_budget_allocation(-rate * estimate, size, budget, min_rollouts=LOW, rng=rng)
         if losses == "chosen":

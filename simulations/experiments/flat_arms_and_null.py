@@ -10,7 +10,14 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
-from gdro_core import RolloutGDRO, allocation_marginals, gradient_weight, sqrt_allocation
+from gdro_core import (
+    ExactPlay,
+    PublishedRolloutGDRO,
+    RolloutGDRO,
+    allocation_marginals,
+    gradient_weight,
+    sqrt_allocation,
+)
 from simulations.harness import Row, Verdict, paired
 
 CLAIM = "Fed with flat arm losses, the rollout bandit gets no nearer to the square-root law than a random allocation"
@@ -31,28 +38,27 @@ RARE = (0.05, 0.10, 0.15, 0.20, 0.30, 0.40, 0.50)
 METHODS = ("published", "bandit", "random", "variance")
 
 
-def _game(method: str) -> RolloutGDRO:
-    """`random` is the published game that is never told anything: all scores stay tied."""
-    utility = "variance" if method == "variance" else "surrogate"
-    feedback = {"variance": "full", "bandit": "bandit"}.get(method, "published")
-    return RolloutGDRO(BINS, BUDGET, LOW, HIGH, utility=utility, granularity="bin", feedback=feedback)
-
-
 def _play(method: str, loss: str, seed: int, rounds: int) -> float:
     """Distance from the square-root law, as in COLUMNS."""
     rng = np.random.default_rng([seed, METHODS.index(method), loss == "drift"])
     world = np.random.default_rng(seed)
     share, level = world.dirichlet(np.full(BINS, 2.0)), world.normal(0.0, 0.02, BINS)
-    game, v = _game(method), RATES * (1 - RATES)
+    v = RATES * (1 - RATES)
+    bandits = {"published": PublishedRolloutGDRO, "bandit": ExactPlay, "random": PublishedRolloutGDRO}
+    law_of_posterior = RolloutGDRO(BUDGET, LOW, HIGH, per_bin=True)
+    game = None if method == "variance" else bandits[method](BINS, BUDGET, LOW, HIGH)
     found: list[list[float]] = []  # V of the counts, of the law, of uniform
     for t in range(rounds):
         bins = np.sort(world.choice(BINS, BATCH, p=share))
-        counts, _ = game.allocate(bins, 1e6 * RATES[bins], 1e6 * (1 - RATES[bins]), rng=rng)
+        if game is None:
+            counts = law_of_posterior.counts(bins, 1e6 * RATES[bins], 1e6 * (1 - RATES[bins]), rng=rng)
+        else:
+            counts = game.counts(bins, rng=rng)
         law = sqrt_allocation(v[bins], BUDGET, lower=LOW, upper=HIGH)
         mean = level[bins]
         if loss == "drift":  # first order of the second mini-batch: all steps help, by the pull of n rollouts (F6)
             mean = mean - 0.05 * gradient_weight(counts, RATES[bins]) * v[bins]
-        if method in ("published", "bandit"):
+        if game is not None and method != "random":  # `random` never learns: its scores stay tied
             game.observe(bins, counts, mean + rng.normal(0.0, 0.1, BATCH) / np.sqrt(counts))
         if t >= rounds // 2:
             found.append([float((v[bins] / n).mean()) for n in (counts, law, np.full(BATCH, BUDGET))])

@@ -33,7 +33,7 @@ def simulate(seeds: np.ndarray, quick: bool) -> list[Row]:
             p = rng.beta(1.0, 2.0, PROMPTS)
             omega, v = rng.lognormal(-(spread**2) / 2, spread, PROMPTS), p * (1 - p)
             tight = 1e9  # a posterior so certain that its mean variance is p (1 - p)
-            game = RolloutGDRO(1, BUDGET, LOW, HIGH)
+            game = RolloutGDRO(BUDGET, LOW, HIGH)
             least = (omega**2 * v / sqrt_allocation(omega**2 * v, BUDGET)).sum()
             for rule in RULES:
                 real, whole = np.full(PROMPTS, float(BUDGET)), np.full(PROMPTS, BUDGET)

@@ -43,7 +43,7 @@ def simulate(seeds: np.ndarray, quick: bool) -> list[Row]:
                     discount=DISCOUNTS[rule],
                 ),
                 PromptGDRO(bins),
-                RolloutGDRO(bins, BUDGET, 2, 12),
+                RolloutGDRO(BUDGET, 2, 12),
                 seed=seed,
             )
             last, changed = np.full(prompts, -1), []

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from simulations.harness import Row, Verdict, paired
 from simulations.peers import PEERS
 from simulations.population import SkillPopulation
-from simulations.race import race
+from simulations.race import own_stream, race
 
 CLAIM = "At equal total rollouts the joint controller ends with the highest pass@8 of all methods, on every population"
 SOURCE = "theory §4"
@@ -51,7 +51,7 @@ OURS = ("recommended prompt", "recommended rollout", "joint", "joint, objective 
 def _run(name: str, method: str, seed: int, steps: int, prompts: int, batch: int) -> list[Row]:
     population = SkillPopulation(seed, prompts=prompts, held_out=prompts // 3, **POPULATIONS[name])
     population.learning_rate *= 5.0
-    return race(population, PEERS[method](population, MEAN), steps * batch * MEAN, batch, seed)
+    return race(population, PEERS[method](population, MEAN, own_stream(seed)), steps * batch * MEAN, batch, seed)
 
 
 def _first_reach(rollouts: np.ndarray, values: np.ndarray, target: float) -> float | str:

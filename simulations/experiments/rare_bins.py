@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from gdro_core import Hedge, PromptGDRO
+from gdro_core import Entropic, Hedge, NoRegret, PromptGDRO, PublishedPromptGDRO
 from simulations.harness import Row, Verdict, paired, table
 
 CLAIM = (
@@ -59,12 +59,13 @@ class _Unweighted:
 def _game(name: str, payoff: str) -> Any:
     """None where the combination is refused: Hedge needs a bounded payoff."""
     if name.startswith("Hedge"):
-        hedge = PromptGDRO(FAILING.size, adversary="hedge", step_size=STEP_SIZE, reference="uniform")
-        return None if payoff == "surrogate" else hedge if name == "Hedge" else _Unweighted()
-    settings: dict[str, Any] = {"payoff": payoff, "step_size": STEP_SIZE, "reference": "uniform"}
-    if name != "debiased":
-        settings |= {"weighting": "published", "share_normalised": name == "share-normalised"}
-    return PromptGDRO(FAILING.size, **settings)
+        hedge = PromptGDRO(FAILING.size, adversary=NoRegret(STEP_SIZE), uniform_reference=True)
+        return None if payoff == "noise" else hedge if name == "Hedge" else _Unweighted()
+    if name == "debiased":
+        return PromptGDRO(FAILING.size, adversary=Entropic(STEP_SIZE), uniform_reference=True)
+    return PublishedPromptGDRO(
+        FAILING.size, step_size=STEP_SIZE, exploration=0.0, share_normalised=name == "share-normalised"
+    )
 
 
 def simulate(seeds: np.ndarray, quick: bool) -> list[Row]:
@@ -73,7 +74,7 @@ def simulate(seeds: np.ndarray, quick: bool) -> list[Row]:
     steps = STEPS[:3] if quick else STEPS
     for seed, payoff in product(seeds, ("error", "noise")):
         rng = np.random.default_rng(seed)
-        games = {name: _game(name, payoff if payoff == "error" else "surrogate") for name in GAMES}
+        games = {name: _game(name, payoff) for name in GAMES}
         games = {name: game for name, game in games.items() if game is not None}
         for step in range(1, steps[-1] + 1):
             bins = rng.choice(FAILING.size, PROMPTS, p=SHARE)
@@ -90,7 +91,7 @@ def simulate(seeds: np.ndarray, quick: bool) -> list[Row]:
                 found = {"easy": score[0], "hard": score[4], "common": score[1]}
                 common = {"seed": int(seed), "game": name, "payoff": payoff, "step": step}
                 first = bool(q[4] > q[:4].max() + 1e-12)
-                pull = SHARE * game.bin_weights if isinstance(game, PromptGDRO) else None
+                pull = SHARE * game.bin_weights if isinstance(game, PromptGDRO | PublishedPromptGDRO) else None
                 given = "" if pull is None else float(pull[4] / pull.sum())
                 rows.append(
                     {**common, **{k: float(v) for k, v in found.items()}, "found": int(first)}

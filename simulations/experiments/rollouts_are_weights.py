@@ -41,7 +41,7 @@ def _spread(preserve: bool, seed: int, visits: int) -> float:
     p = rng.uniform(0.02, 0.98, 128)
     controller = GDROController(
         OnlineDifficultyClassifier(discount=1.0),
-        rollout=RolloutGDRO(10, BUDGET, 2, 12),
+        rollout=RolloutGDRO(BUDGET, 2, 12),
         preserve_objective=preserve,
         seed=seed,
     )

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.optimize import brentq
 
-from gdro_core import RolloutGDRO, ShadowPrice, violation_bound
+from gdro_core import PublishedRolloutGDRO, ShadowPrice, violation_bound
 from simulations.harness import Row, Verdict, paired, slope
 
 CLAIM = "With alpha ∝ 1/√T the mean violation falls like 1/√T under its bound; an exact budget never moves the price"
@@ -70,10 +70,10 @@ def _exact(seed: int, horizon: int) -> Row:
     """The paper's own loop: the budget is met exactly, so Eq. 21 adds 0 at every step."""
     _, share = _world(seed)
     rng = np.random.default_rng([seed, horizon, 1])
-    game = RolloutGDRO(BINS, BUDGET, LOW, HIGH, utility="surrogate", granularity="bin", feedback="published")
+    game = PublishedRolloutGDRO(BINS, BUDGET, LOW, HIGH)
     for _ in range(horizon):
         bins = rng.choice(BINS, BATCH, p=share)
-        counts, _ = game.allocate(bins, np.ones(BATCH), np.ones(BATCH), rng=rng)
+        counts = game.counts(bins, rng=rng)
         game.observe(bins, counts, rng.normal(0, 0.1, BATCH))
     row = {"seed": seed, "part": "ascent", "demand": "exact", "horizon": horizon, "price": game.shadow_price.highest}
     bound = violation_bound(horizon, game.shadow_price.step_size, 0.0)

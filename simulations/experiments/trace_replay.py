@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.special import comb
 
-from gdro_core import OnlineDifficultyClassifier, RolloutGDRO
+from gdro_core import HIT, MIXED, VARIANCE, OnlineDifficultyClassifier, RolloutGDRO, Utility
 from simulations.harness import Row, Verdict, paired
 
 CLAIM = (
@@ -53,7 +53,7 @@ CLASSIFIERS: dict[str, dict[str, Any]] = {
     "pass@8": {"statistic": "pass@k"},
     "published: any of 8": {"statistic": "any", "window": 100, "hysteresis": 0.03},
 }
-ALLOCATORS = {"uniform": "", "null": "variance", "Neyman": "variance", "mixed": "mixed", "hit": "hit"}
+ALLOCATORS = {"uniform": VARIANCE, "null": VARIANCE, "Neyman": VARIANCE, "mixed": MIXED, "hit": HIT}
 
 
 @cache
@@ -110,7 +110,7 @@ def _prediction(bins: NDArray[np.int64], right: NDArray[np.int64], scored: NDArr
 
 def _counts(
     name: str,
-    utility: str,
+    utility: Utility,
     bins: NDArray[np.int64],
     a: NDArray[np.float64],
     b: NDArray[np.float64],
@@ -118,7 +118,7 @@ def _counts(
 ) -> NDArray[np.int64]:
     if name == "uniform":
         return np.full(bins.size, BUDGET)
-    game = RolloutGDRO(10, BUDGET, LEAST, MOST, utility=utility, permute=name == "null")
+    game = RolloutGDRO(BUDGET, LEAST, MOST, utility, permute=name == "null")
     return game.counts(bins, a, b, rng=np.random.default_rng(seed))
 
 

@@ -13,7 +13,16 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from gdro_core import Exp3S, Hedge, PromptGDRO, best_in_hindsight, hedge_bound
+from gdro_core import (
+    Entropic,
+    Exp3S,
+    Hedge,
+    NoRegret,
+    PromptGDRO,
+    PublishedPromptGDRO,
+    best_in_hindsight,
+    hedge_bound,
+)
 from simulations.harness import Row, Verdict, paired, slope_interval, table
 
 CLAIM = "The published EMA adversary has linear regret against a fixed bin and follows a moving one better than Hedge"
@@ -36,11 +45,12 @@ def _adversary(name: str, horizon: int) -> Any:
     if name == "EXP3.S":
         return Exp3S.for_horizon(BINS, horizon, PHASES - 1)
     if name == "published EMA":  # but for its payoff, which is blind (F1)
-        return PromptGDRO(BINS, step_size=0.65, exploration=0.01, reference="uniform", weighting="published")
+        return PublishedPromptGDRO(BINS, share_normalised=False)
     if name == "EMA, η = 20":
-        return PromptGDRO(BINS, step_size=20.0, reference="uniform")
+        return PromptGDRO(BINS, adversary=Entropic(20.0), uniform_reference=True)
     step = Hedge.for_horizon(BINS, horizon).step_size
-    return PromptGDRO(BINS, adversary=name.lower(), step_size=step, reference="uniform")
+    adversary = NoRegret(step, implicit_exploration=name == "EXP3-IX")
+    return PromptGDRO(BINS, adversary=adversary, uniform_reference=True)
 
 
 def simulate(seeds: np.ndarray, quick: bool) -> list[Row]:

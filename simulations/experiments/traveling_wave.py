@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from matplotlib.figure import Figure
 
-from gdro_core import GDROController
+from gdro_core import GDROController, Planner, PublishedController
 from simulations.harness import Row, Verdict, paired
 from simulations.population import SkillPopulation, train
 
@@ -29,10 +29,10 @@ COLUMNS = {
 }
 SEEDS, BLOCK = 20, 5
 BUDGET, BINS, WINDOW = 4, 10, 10
-CONTROLLERS: dict[str, Callable[[int], GDROController]] = {
+CONTROLLERS: dict[str, Callable[[int], Planner]] = {
     "recommended joint": lambda seed: GDROController.recommended(BUDGET, seed=seed),
-    "published prompt": lambda seed: GDROController.published(BUDGET, seed=seed),
-    "published rollout": lambda seed: GDROController.published(BUDGET, prompt=False, rollout=True, seed=seed),
+    "published prompt": lambda seed: PublishedController(BUDGET, seed=seed),
+    "published rollout": lambda seed: PublishedController(BUDGET, prompt=False, rollout=True, seed=seed),
 }
 
 

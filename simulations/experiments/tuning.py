@@ -13,7 +13,18 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from gdro_core import GDROController, OnlineDifficultyClassifier, PromptGDRO, RolloutGDRO
+from gdro_core import (
+    HIT,
+    MIXED,
+    VARIANCE,
+    Adversary,
+    ChiSquare,
+    Entropic,
+    GDROController,
+    OnlineDifficultyClassifier,
+    PromptGDRO,
+    RolloutGDRO,
+)
 from simulations.harness import Row, Verdict, paired
 from simulations.population import SkillPopulation, train
 
@@ -34,15 +45,15 @@ SEEDS, BLOCK = 12, 1
 MARGIN = 0.05  # points
 BUDGET = 4
 POPULATIONS = tuple(product((3.0, 8.0), (0.2, 0.8)))  # tail, transfer
-PROMPTS: dict[str, dict[str, Any] | None] = {
+PROMPTS: dict[str, Adversary | None] = {
     "none": None,
-    "entropic η=1": {"step_size": 1.0},
-    "entropic η=2": {"step_size": 2.0},
-    "entropic η=4": {"step_size": 4.0},
-    "χ² ρ=0.5": {"adversary": "chi-square", "rho": 0.5},
-    "χ² ρ=1": {"adversary": "chi-square", "rho": 1.0},
+    "entropic η=1": Entropic(1.0),
+    "entropic η=2": Entropic(2.0),
+    "entropic η=4": Entropic(4.0),
+    "χ² ρ=0.5": ChiSquare(0.5),
+    "χ² ρ=1": ChiSquare(1.0),
 }
-UTILITIES = ("variance", "mixed", "hit")
+UTILITIES = {utility.name: utility for utility in (VARIANCE, MIXED, HIT)}
 DISCOUNTS = (0.5, 0.8, 0.9)
 RECOMMENDED = (
     "entropic η=2",
@@ -56,11 +67,11 @@ CHOICES: tuple[Choice, ...] = tuple(product(PROMPTS, UTILITIES, DISCOUNTS))
 def controller(choice: Choice, seed: int) -> GDROController:
     """The joint controller of a choice; with prompt game "none" the rollout game alone."""
     prompt, utility, discount = choice
-    options = PROMPTS[prompt]
+    adversary = PROMPTS[prompt]
     return GDROController(
         OnlineDifficultyClassifier(discount=discount),
-        None if options is None else PromptGDRO(10, **options),
-        RolloutGDRO(10, BUDGET, 2, 12, utility=utility),
+        None if adversary is None else PromptGDRO(10, adversary=adversary),
+        RolloutGDRO(BUDGET, 2, 12, UTILITIES[utility]),
         seed=seed,
     )
 
@@ -122,7 +133,7 @@ def draw(rows: list[Row]) -> Figure:
     for number, prompt in enumerate(PROMPTS):
         for marker, utility in zip("os^", UTILITIES, strict=True):
             dots = [(gain["mean_at_8"][c], gain["pass_at_8"][c]) for c in CHOICES if c[:2] == (prompt, utility)]
-            label = prompt if utility == UTILITIES[0] else None
+            label = prompt if utility == VARIANCE.name else None
             axis.plot(*np.transpose(dots), marker, color=f"C{number}", markersize=4, label=label)
     ours = (gain["mean_at_8"][RECOMMENDED], gain["pass_at_8"][RECOMMENDED])
     axis.plot(*ours, "o", markersize=11, markerfacecolor="none", color="black", label="recommended")

@@ -603,3 +603,17 @@ def test_path_bounds_refuse(function, change, message):
     """Errors name argument, rule and value."""
     with pytest.raises(ValueError, match=message):
         function(**{"horizon": 10, "bins": 2, "arms": 3, "feedback": "full", **change})
+
+
+@pytest.mark.parametrize("size", [1.0, 1e6])
+def test_concavity_is_asked_for_up_to_rounding(size):
+    """A bend of 1e-10 of the utilities' size is rounding; ten times the tolerance of 1e-9 is an error."""
+    for bend, refused in ((1e-10, False), (1e-8, True)):
+        utility = size * np.array([[0.0, 0.4, 0.8 + bend, 1.0]])
+        if refused:
+            with pytest.raises(ValueError, match="utility must be concave along axis 1"):
+                greedy_allocation(utility, 3, min_rollouts=1)
+        else:
+            assert greedy_allocation(utility, 3, min_rollouts=1).tolist() == [3]
+    tiny = 1e-12 * np.array([[0.0, 1.0, 3.0]])  # below the tolerance of 1e-9 in all: taken as flat
+    assert greedy_allocation(tiny, 2, min_rollouts=1).tolist() == [2]

@@ -11,7 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gdro_core import GDROController, Observation, OnlineDifficultyClassifier, PromptGDRO, RolloutGDRO
+from gdro_core import (
+    LEARNABILITY,
+    MIXED,
+    Entropic,
+    GDROController,
+    Observation,
+    OnlineDifficultyClassifier,
+    Planner,
+    PromptGDRO,
+    PublishedController,
+    RolloutGDRO,
+)
 
 IDS = [f"task/{i}" for i in range(40)]
 PASS_RATE = np.linspace(0.02, 0.98, 40)
@@ -21,8 +32,8 @@ def joint_bins(seed=0):
     """Every option away from its default, with both games on bins."""
     return GDROController(
         OnlineDifficultyClassifier([0.2, 0.5, 0.8], "pass@k", k=2, hysteresis=0.02),
-        PromptGDRO(4, payoff="learnability", reference="uniform", exploration=0.1),
-        RolloutGDRO(4, 4, 2, 12, utility="mixed", granularity="bin"),
+        PromptGDRO(4, payoff=LEARNABILITY, uniform_reference=True, exploration=0.1),
+        RolloutGDRO(4, 2, 12, MIXED, per_bin=True),
         seed=seed,
     )
 
@@ -31,10 +42,10 @@ MAKERS = {
     "uniform": lambda seed=0: GDROController.uniform(4, seed=seed),
     "joint bins": joint_bins,
     **{
-        f"{preset.__name__} prompt={prompt} rollout={rollout}": (
+        f"{name} prompt={prompt} rollout={rollout}": (
             lambda seed=0, preset=preset, games={"prompt": prompt, "rollout": rollout}: preset(4, seed=seed, **games)
         )
-        for preset in (GDROController.recommended, GDROController.published)
+        for name, preset in (("recommended", GDROController.recommended), ("published", PublishedController))
         for prompt in (True, False)
         for rollout in (True, False)
     },
@@ -48,7 +59,7 @@ def step(controller, rng, size=10):
     plan = controller.plan([IDS[row] for row in rows])
     rewards = (rng.random(plan.counts.sum()) < PASS_RATE[rows][plan.owner]).astype(float)
     metrics = controller.observe(plan, rewards)
-    if controller.needs_losses:
+    if isinstance(controller, PublishedController):
         controller.observe_losses(plan, rng.normal(scale=0.3, size=size))
     return plan, rewards, metrics
 
@@ -82,7 +93,7 @@ def test_every_preset_holds_its_invariants_for_50_steps(make):
         assert (plan.weights > 0).all()
         if controller.prompt is None:
             assert (plan.weights == 1).all()
-        elif controller.prompt.weighting == "published":  # Eq. 16, unnormalised
+        elif isinstance(controller, PublishedController):  # Eq. 16, unnormalised
             assert (plan.weights[plan.bins < 0] == 1).all()
         else:
             assert np.average(plan.weights, weights=plan.counts) == pytest.approx(1.0, rel=1e-12)
@@ -119,24 +130,6 @@ def test_state_continues_bit_for_bit_through_json(make, after):
     assert original.state_dict() == restored.state_dict()
 
 
-def test_the_seed_and_the_step_decide_ties():
-    """Before any difference between arms the published allocation is random, by (seed, step) alone."""
-
-    def count(seed):
-        controller = GDROController.published(4, prompt=False, rollout=True, seed=seed)
-        first = controller.plan(IDS[:4])
-        controller.observe(first, np.repeat([0.0, 0.0, 1.0, 1.0], 4))  # losses withheld: scores stay tied
-        plans = []
-        for _ in range(5):
-            plans.append(controller.plan(IDS[:4]))
-            controller.observe(plans[-1], np.repeat([0.0, 0.0, 1.0, 1.0], plans[-1].counts))
-        return [plan.counts.tolist() for plan in plans]
-
-    assert count(0) == count(0)
-    assert len(set(map(tuple, count(0)))) > 1
-    assert len({tuple(c) for seed in range(4) for c in count(seed)}) > 3  # of the 5 that are feasible
-
-
 @every_controller
 @given(seed=st.integers(0, 2**32 - 1))
 def test_bins_and_weights_are_looked_up_by_id(make, seed):
@@ -159,7 +152,9 @@ def test_ratios_of_weights_do_not_depend_on_the_batch():
 
 def test_a_batch_of_one_light_bin_still_has_mean_weight_one():
     """Even where the adversary's weight would underflow."""
-    controller = GDROController(OnlineDifficultyClassifier([0.5]), PromptGDRO(2, step_size=1e4), mean_rollouts=2)
+    controller = GDROController(
+        OnlineDifficultyClassifier([0.5]), PromptGDRO(2, adversary=Entropic(1e4)), mean_rollouts=2
+    )
     for _ in range(2):
         controller.observe(controller.plan(["hard", "easy"]), [0, 0, 1, 1])
     assert controller.plan(["easy"]).weights.tolist() == [1.0]
@@ -170,7 +165,7 @@ def test_joint_play_gives_rollouts_to_weighted_prompts():
     pair = {}
     for joint in (True, False):
         controller = GDROController(
-            OnlineDifficultyClassifier([0.5], prior=(1.0, 1.0)), PromptGDRO(2), RolloutGDRO(2, 6, 1, 11), joint=joint
+            OnlineDifficultyClassifier([0.5], prior=(1.0, 1.0)), PromptGDRO(2), RolloutGDRO(6, 1, 11), joint=joint
         )
         for _ in range(2):  # seen once, then judged once by their bins
             controller.observe(controller.plan(["hard", "easy"]), [1, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 0])
@@ -182,7 +177,7 @@ def test_joint_play_gives_rollouts_to_weighted_prompts():
 def test_metrics_by_hand():
     """Two bins and an unseen prompt: shares, errors, weights, rollouts, q, price and lead-lag (Eq. 32)."""
     controller = GDROController(
-        OnlineDifficultyClassifier([0.5]), PromptGDRO(2, step_size=1.0), RolloutGDRO(2, 4, 4, 4), seed=3
+        OnlineDifficultyClassifier([0.5]), PromptGDRO(2, adversary=Entropic(1.0)), RolloutGDRO(4, 4, 4), seed=3
     )
     empty = controller.observe(controller.plan(["hard", "easy"]), [0, 0, 0, 0, 1, 1, 1, 1])
     assert empty["bin_error"] == empty["bin_rollouts"] == empty["bin_weight"] == [None, None]
@@ -224,38 +219,6 @@ def test_owner_maps_flat_rows_to_prompts():
     assert (np.diff(plan.owner) >= 0).all()
 
 
-def test_published_has_the_papers_hyper_parameters():
-    """Appendix A, read back from the parts."""
-    controller = GDROController.published(4, rollout=True)
-    state = controller.state_dict()
-    for part, expected in {
-        "classifier": {"statistic": "any", "window": 100, "hysteresis": 0.03},
-        "prompt": {"payoff": "surrogate", "step_size": 0.65, "ema": 0.12, "exploration": 0.01, "max_weight": 15.0},
-        "rollout": {"min_rollouts": 2, "max_rollouts": 12, "step_size": 0.65, "exploration": 0.01, "ema": 0.4},
-    }.items():
-        assert expected.items() <= state[part].items()
-    assert state["prompt"]["share_normalised"]
-    assert controller.rollout.shadow_price.step_size == 0.05
-    assert GDROController.published(4, prompt=False, rollout=True).classifier.window == 50
-    assert not controller.joint
-
-
-@pytest.mark.parametrize("games", [{"prompt": True, "rollout": False}, {"prompt": False, "rollout": True}])
-def test_published_games_complain_when_no_losses_ever_come(games):
-    """Without `observe_losses` they would plan as if nothing had been learnt; late losses are no complaint."""
-    late, never = GDROController.published(4, **games), GDROController.published(4, **games)
-    for _ in range(10):
-        for controller in (late, never):
-            plan = controller.plan(IDS)
-            controller.observe(plan, np.ones(plan.owner.size))
-    late.observe_losses(plan, np.zeros(len(IDS)))
-    for _ in range(20):
-        plan = late.plan(IDS)
-        late.observe(plan, np.ones(plan.owner.size))
-    with pytest.raises(RuntimeError, match=r"none came in 10 batches: call observe_losses\(plan, losses\)"):
-        never.plan(IDS)
-
-
 def test_recommended_play_leans_to_hard_prompts():
     """After 60 steps the hardest fifth has more weight and the uncertain middle more rollouts than the easiest."""
     controller = trained(MAKERS["recommended prompt=True rollout=True"], 60)
@@ -274,8 +237,7 @@ BAD_CALLS = [
     (lambda c, plan: c.observe(plan, [np.nan] + [1.0] * 39), r"rewards must hold finite numbers in \[0, 1\], got nan"),
     (lambda c, plan: c.observe(plan, [1.5] + [1.0] * 39), "rewards must hold .*1.5"),
     (lambda c, plan: c.observe(plan, [-1.0] + [1.0] * 39), "rewards must hold .*-1"),
-    (lambda c, plan: c.observe_losses(plan, np.zeros(9)), "losses must have shape"),
-    (lambda c, plan: c.observe_losses(plan, [np.inf] + [0.0] * 9), "losses must hold finite numbers, got inf"),
+    (lambda c, plan: c.plan("task"), "ids must be a sequence of ids, got the single string 'task'"),
     (lambda c, plan: c.observe(plan, Observation.of(c.plan(IDS[:9]), np.ones(36))), "observation of this plan"),
     (lambda c, plan: Observation.of(plan, [1.0], rows=[40]), "rows must hold .*40"),
     (lambda c, plan: Observation.of(plan, [1.0, 1.0], rows=[3, 3]), "rows must be distinct"),
@@ -301,7 +263,7 @@ def test_bad_input_changes_nothing(make, call, message):
 
 def test_a_foreign_plan_is_refused_without_a_trace():
     """A plan with finer bins, or with two counts in one bin, fails in a game before any part has learnt."""
-    coarse, published = GDROController.recommended(4, num_bins=5), GDROController.published(4, rollout=True)
+    coarse, published = GDROController.recommended(4, num_bins=5), PublishedController(4, rollout=True)
     for controller, change, call in (
         (coarse, {"bins": np.array([0, 1, 4, 5])}, lambda plan: coarse.observe(plan, np.ones(16))),
         (
@@ -319,16 +281,16 @@ def test_a_foreign_plan_is_refused_without_a_trace():
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (["version"], 2, "version = 2"),
+        (["version"], 3, "version = 3"),
         (["seed"], 1, "seed = 1"),
         (["joint"], False, "joint = False"),
         (["mean_rollouts"], 8, "mean_rollouts = 8"),
         (["step"], -1, "step must be an integer >= 0, got -1"),
         (["prompt"], None, "lacks prompt"),
         (["classifier", "edges"], [0.5], "edges"),
-        (["prompt", "score"], [1.0], "score must have shape"),
-        (["rollout", "scores"], [[1.0]], "scores must have shape"),
-        (["rollout", "price", "price"], -1.0, "price must lie in"),
+        (["prompt", "memory", "sum"], [1.0], "sum must have shape"),
+        (["rollout", "max_rollouts"], 13, "rollout = .*13"),
+        (["rollout"], None, "rollout = None"),
     ],
 )
 def test_state_of_another_controller_is_refused(path, value, message):
@@ -357,16 +319,12 @@ def test_state_with_a_part_too_many_or_another_budget_is_refused():
     [
         (lambda: GDROController(OnlineDifficultyClassifier()), "exactly one of rollout and mean_rollouts .*None"),
         (
-            lambda: GDROController(OnlineDifficultyClassifier(), rollout=RolloutGDRO(10, 4, 2, 6), mean_rollouts=4),
+            lambda: GDROController(OnlineDifficultyClassifier(), rollout=RolloutGDRO(4, 2, 6), mean_rollouts=4),
             "exactly one of rollout and mean_rollouts .*4",
         ),
         (
             lambda: GDROController(OnlineDifficultyClassifier(), PromptGDRO(9), mean_rollouts=4),
             "prompt.num_bins .*10.* 9",
-        ),
-        (
-            lambda: GDROController(OnlineDifficultyClassifier(), rollout=RolloutGDRO(9, 4, 2, 6)),
-            "rollout.num_bins .* 9",
         ),
         (lambda: GDROController.uniform(0), "mean_rollouts must be an integer >= 1, got 0"),
         (lambda: GDROController.uniform(4, seed=-1), "seed must be an integer >= 0, got -1"),
@@ -375,14 +333,12 @@ def test_state_with_a_part_too_many_or_another_budget_is_refused():
         (lambda: GDROController.recommended(13), r"mean_rollouts must lie in \[2, 12\], got 13"),
         (
             lambda: GDROController(
-                OnlineDifficultyClassifier(), PromptGDRO(10, payoff="learnability"), RolloutGDRO(10, 4, 1, 6)
+                OnlineDifficultyClassifier(), PromptGDRO(10, payoff=LEARNABILITY), RolloutGDRO(4, 1, 6)
             ),
             "min_rollouts with payoff 'learnability' must lie in .*1",
         ),
         (
-            lambda: GDROController(
-                OnlineDifficultyClassifier(), PromptGDRO(10, payoff="learnability"), mean_rollouts=1
-            ),
+            lambda: GDROController(OnlineDifficultyClassifier(), PromptGDRO(10, payoff=LEARNABILITY), mean_rollouts=1),
             "min_rollouts with payoff 'learnability' must lie in .*1",
         ),
     ],
@@ -464,3 +420,31 @@ def make_again(make, saved):
     controller = make()
     controller.load_state_dict(saved)
     return controller
+
+
+@pytest.mark.parametrize("games", [{"rollout": False}, {"prompt": False}], ids=["prompt", "rollout"])
+def test_metrics_of_a_single_game(games):
+    """With one game alone weights, price and lead-lag are there; q_b only with the prompt game."""
+    controller, rng = GDROController.recommended(4, **games), np.random.default_rng(3)
+    for _ in range(4):
+        plan, _, metrics = step(controller, rng, size=30)
+    seen = plan.bins >= 0
+    assert ("bin_probability" in metrics) == ("prompt" not in games)
+    assert metrics["shadow_price"] == plan.price
+    assert (plan.price > 0) == ("rollout" not in games)
+    assert metrics["lead_lag"] == pytest.approx(
+        np.average(plan.bins[seen], weights=plan.weights[seen]) - plan.bins[seen].mean()
+    )
+    for b, weight in enumerate(metrics["bin_weight"]):
+        members = plan.weights[plan.bins == b]
+        assert weight == (pytest.approx(members.mean()) if members.size else None)
+    if "prompt" in games:
+        assert {w for w in metrics["bin_weight"] if w is not None} == {1.0}
+
+
+def test_every_controller_is_a_planner():
+    """The protocol that the training loop and the simulations ask for."""
+    for make in MAKERS.values():
+        planner: Planner = make()
+        plan = planner.plan(IDS[:3])
+        assert isinstance(planner.observe(plan, np.ones(12)), dict)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -12,12 +13,32 @@ from scipy.optimize import minimize
 from scipy.special import logsumexp, softmax, xlogy
 from scipy.stats import binom
 
-from gdro_core import PromptGDRO, chi_square, cvar, prompt_payoff
+from gdro_core import (
+    ERROR,
+    LEARNABILITY,
+    Adversary,
+    ChiSquare,
+    CVaR,
+    Entropic,
+    NoRegret,
+    Payoff,
+    PromptGDRO,
+    chi_square,
+    cvar,
+    prompt_payoff,
+)
 
 SEEDS = st.integers(0, 2**32 - 1)
-HEDGE = {"adversary": "hedge", "reference": "uniform"}
-IX = {"adversary": "exp3-ix", "reference": "uniform"}
-PUBLISHED = {"weighting": "published", "reference": "uniform", "step_size": 0.65, "exploration": 0.01}
+UNIFORM = {"uniform_reference": True}
+HEDGE = {"adversary": NoRegret(), **UNIFORM}
+IX = {"adversary": NoRegret(implicit_exploration=True), **UNIFORM}
+ADVERSARIES = [Entropic(2.0), CVaR(0.5), ChiSquare(0.5), HEDGE["adversary"], IX["adversary"]]
+both_references = pytest.mark.parametrize("uniform", [False, True])
+
+
+def no_regret(step, implicit=False):
+    """Settings of a game whose adversary has no regret."""
+    return {"adversary": NoRegret(step, implicit_exploration=implicit), **UNIFORM}
 
 
 def played(rng, batches=6, bins=4, **options):
@@ -30,72 +51,70 @@ def played(rng, batches=6, bins=4, **options):
 
 
 def reference_of(game):
-    return game.share if game.reference == "share" else np.full(game.num_bins, 1 / game.num_bins)
+    return np.full(game.num_bins, 1 / game.num_bins) if game.uniform_reference else game.share
 
 
 def regularised(q, game, reference):
     """sum q S - KL(q || r) / eta."""
-    return float(q @ game.scores - (xlogy(q, q) - xlogy(q, reference)).sum() / game.step_size)
+    return float(q @ game.scores - (xlogy(q, q) - xlogy(q, reference)).sum() / game.adversary.step_size)
 
 
-@pytest.mark.parametrize("reference", ["share", "uniform"])
+@both_references
 @given(seed=SEEDS)
-def test_theorem_1_q_is_the_maximiser_of_lemma_4_1(reference, seed):
+def test_theorem_1_q_is_the_maximiser_of_lemma_4_1(uniform, seed):
     """q maximises sum q S - KL(q || r)/eta, with value (1/eta) log sum r e^(eta S); the hard maximum is near.
 
     For uniform r, sum q S + H(q)/eta differs by the constant log(B)/eta, the bound of the lemma.
     """
     rng = np.random.default_rng(seed)
-    game = played(rng, reference=reference, step_size=float(rng.uniform(0.1, 5)))
+    game = played(rng, uniform_reference=uniform, adversary=Entropic(float(rng.uniform(0.1, 5))))
     r = reference_of(game)
-    value = logsumexp(game.step_size * game.scores, b=r) / game.step_size
+    value = logsumexp(game.adversary.step_size * game.scores, b=r) / game.adversary.step_size
     assert regularised(game.probabilities, game, r) == pytest.approx(value, abs=1e-9)
     for other in rng.dirichlet(np.ones(4), 20):
         assert regularised(other, game, r) <= value + 1e-12
-    if reference == "uniform":
-        assert game.scores.max() - np.log(4) / game.step_size <= value + 1e-12
+    if uniform:
+        assert game.scores.max() - np.log(4) / game.adversary.step_size <= value + 1e-12
         assert value <= game.scores.max() + 1e-12
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("reference", ["share", "uniform"])
-def test_theorem_1_q_agrees_with_a_numerical_maximiser_and_is_the_gradient(reference, seed):
+@both_references
+def test_theorem_1_q_agrees_with_a_numerical_maximiser_and_is_the_gradient(uniform, seed):
     """Lemma 4.1 by a generic solver over the simplex, and its gradient d value / d S = q by finite differences."""
     rng = np.random.default_rng(seed)
-    game = played(rng, reference=reference)
+    game = played(rng, uniform_reference=uniform)
     r = reference_of(game)
     found = minimize(lambda z: -regularised(softmax(z), game, r), np.zeros(4), method="BFGS", options={"gtol": 1e-9})
     np.testing.assert_allclose(game.probabilities, softmax(found.x), atol=1e-5)
 
     def value(scores):
-        return logsumexp(game.step_size * scores, b=r) / game.step_size
+        return logsumexp(game.adversary.step_size * scores, b=r) / game.adversary.step_size
 
     step = 1e-6 * np.eye(4)
     slopes = [(value(game.scores + e) - value(game.scores - e)) / 2e-6 for e in step]
     np.testing.assert_allclose(slopes, game.probabilities, atol=1e-8)
 
 
-@pytest.mark.parametrize("reference", ["share", "uniform"])
-@pytest.mark.parametrize("adversary", ["entropic", "cvar", "chi-square", "hedge", "exp3-ix"])
+@both_references
+@pytest.mark.parametrize("adversary", ADVERSARIES, ids=str)
 @given(seed=SEEDS, exploration=st.sampled_from([0.0, 0.1, 1.0]))
-def test_importance_weights_turn_the_shares_into_q(adversary, reference, seed, exploration):
+def test_importance_weights_turn_the_shares_into_q(adversary, uniform, seed, exploration):
     """F9: p_b w_b = q_b, so the weights have mean 1 under the running share while none is capped."""
-    if adversary in ("hedge", "exp3-ix"):
-        reference = "uniform"
-    options = {"adversary": adversary, "reference": reference, "exploration": exploration}
+    uniform = uniform or adversary.cumulative
+    options = {"adversary": adversary, "uniform_reference": uniform, "exploration": exploration}
     game = played(np.random.default_rng(seed), max_weight=1e6, **options)
     np.testing.assert_allclose(game.share * game.bin_weights, game.probabilities, rtol=1e-9, atol=1e-290)
     assert game.share @ game.bin_weights == pytest.approx(1.0, rel=1e-9)
     assert game.probabilities.sum() == pytest.approx(1.0, rel=1e-12)
 
 
-@pytest.mark.parametrize("reference", ["share", "uniform"])
+@both_references
 @given(seed=SEEDS, exploration=st.sampled_from([0.0, 0.5]))
-def test_the_cap_is_the_last_thing_applied(reference, seed, exploration):
+def test_the_cap_is_the_last_thing_applied(uniform, seed, exploration):
     """w_b = min(q_b / p_b, max_weight), also with exploration."""
-    game = played(
-        np.random.default_rng(seed), reference=reference, exploration=exploration, max_weight=1.5, step_size=9
-    )
+    options = {"uniform_reference": uniform, "exploration": exploration, "adversary": Entropic(9.0)}
+    game = played(np.random.default_rng(seed), max_weight=1.5, **options)
     expected = np.minimum(game.probabilities / game.share, 1.5)
     np.testing.assert_allclose(game.bin_weights, expected, rtol=1e-9)
 
@@ -125,18 +144,7 @@ def test_a_bin_never_observed_lies_between_its_neighbours():
     np.testing.assert_allclose(game.scores, [1.0, 1.0, 0.8, 0.6, 0.4, 0.4])
 
 
-def test_published_scores_are_the_plain_recursion():
-    """Eq. 12, 14-16: S from 0, not debiased, clipped at 1; payoff over batch share >= .01; capped e^(eta S)."""
-    game = PromptGDRO(3, share_normalised=True, max_weight=1.5, **PUBLISHED)
-    game.observe([0, 0, 0, 1, -1], [0.1, 0.2, 0.3, -0.4, 9.0])
-    np.testing.assert_allclose(game.scores, [0.12 * 0.2 / 0.75, 0.12 * -0.4 / 0.25, 0.0])
-    np.testing.assert_allclose(game.weights([0, 1, 2, -1]), np.exp(0.65 * np.append(game.scores, 0.0)))
-    game.observe(np.r_[np.zeros(999, dtype=int), 1], np.r_[np.zeros(999), 1.0])
-    assert game.scores[1] == 1.0  # 0.12 * 1 / 0.01 and more, clipped
-    assert game.weights([1]).tolist() == [1.5]
-
-
-@pytest.mark.parametrize("options", [{}, {"adversary": "cvar"}, {"adversary": "chi-square"}, HEDGE, IX])
+@pytest.mark.parametrize("options", [{}, {"adversary": CVaR(0.5)}, {"adversary": ChiSquare(0.5)}, HEDGE, IX])
 @given(seed=SEEDS)
 def test_a_weight_depends_on_the_bin_and_the_past_alone(options, seed):
     """What else is in the batch changes nothing; unseen prompts weigh 1 and teach nothing."""
@@ -151,10 +159,9 @@ def test_a_weight_depends_on_the_bin_and_the_past_alone(options, seed):
     assert game.state_dict() == before
 
 
-@pytest.mark.parametrize("options", [{}, PUBLISHED])
-def test_a_missing_bin_keeps_its_score(options):
+def test_a_missing_bin_keeps_its_score():
     """Only bins of the batch move."""
-    game = PromptGDRO(3, **options)
+    game = PromptGDRO(3)
     game.observe([0, 1, 2], [0.2, 0.4, 0.6])
     before = game.scores
     game.observe([0, 0], [1.0, 1.0])
@@ -164,54 +171,25 @@ def test_a_missing_bin_keeps_its_score(options):
 
 def test_before_the_first_batch_the_game_is_neutral():
     """Weights 1, q the reference."""
-    for options in ({}, {"reference": "uniform"}, PUBLISHED):
+    for options in ({}, UNIFORM, HEDGE):
         game = PromptGDRO(3, **options)
         assert game.weights([0, 1, 2, -1]).tolist() == [1, 1, 1, 1]
         np.testing.assert_allclose(game.probabilities, 1 / 3)
 
 
 def test_a_step_size_of_zero_is_no_adversary():
-    """The limit eta -> 0: weights r_b / p_b, which is 1 for reference "share"."""
+    """The limit eta -> 0: weights r_b / p_b, which is 1 around the share."""
     rng = np.random.default_rng(0)
-    np.testing.assert_allclose(played(rng, step_size=0.0).bin_weights, 1.0)
-    game = played(rng, step_size=0.0, reference="uniform")
+    np.testing.assert_allclose(played(rng, adversary=Entropic(0.0)).bin_weights, 1.0)
+    game = played(rng, adversary=Entropic(0.0), **UNIFORM)
     np.testing.assert_allclose(game.bin_weights, 0.25 / game.share)
 
 
-@given(SEEDS)
-def test_the_published_payoff_is_blind(seed):
-    """F1: group-standardised advantages sum to 0, so at ratio 1 every prompt's loss is 0, and with it every score."""
-    rng = np.random.default_rng(seed)
-    rewards = (rng.random((12, 8)) < rng.random((12, 1))).astype(float)  # (prompts, rollouts), all difficulties
-    advantages = (rewards - rewards.mean(axis=1, keepdims=True)) / (rewards.std(axis=1, keepdims=True) + 1e-6)
-    losses = -advantages.mean(axis=1)  # Eq. 5-7 at ratio 1
-    np.testing.assert_allclose(losses, 0.0, atol=1e-9)
-    bins = (rewards.mean(axis=1) * 3.999).astype(int)
-    blind, seeing = PromptGDRO(4, share_normalised=True, **PUBLISHED), PromptGDRO(4)
-    blind.observe(bins, losses)
-    seeing.observe(bins, prompt_payoff("error", rewards.sum(axis=1), np.full(12, 8)))
-    np.testing.assert_allclose(blind.weights(bins), 1.0, atol=1e-8)
-    assert np.ptp(bins) == 0 or np.ptp(seeing.weights(bins)) > 0
-
-
-@given(SEEDS)
-def test_the_published_adversary_never_nears_a_vertex(seed):
-    """F4: eta .65, |S| <= 1, B = 10 give q <= .288, reached; the entropic gap log(B)/eta exceeds the loss range 2."""
-    rng = np.random.default_rng(seed)
-    game = PromptGDRO(10, **PUBLISHED)
-    for _ in range(5):
-        game.observe(np.arange(10), rng.normal(scale=100, size=10))
-    assert game.probabilities.max() <= 0.288
-    game.load_state_dict({**game.state_dict(), "score": [9.0] + [-9.0] * 9})
-    assert 0.2877 < game.probabilities[0] <= 0.288
-    assert np.log(10) / game.step_size > 3.54 > 2
-
-
-@pytest.mark.parametrize("options", [{}, {"reference": "uniform"}, {"exploration": 0.1}, PUBLISHED])
+@pytest.mark.parametrize("options", [{}, UNIFORM, {"exploration": 0.1}])
 @pytest.mark.parametrize("scale", [1e3, 1e100])
 def test_huge_step_sizes_and_payoffs_neither_overflow_nor_vanish(options, scale):
     """Weights stay in (0, max_weight] and q on the simplex, with a bin that was never drawn and one that is rare."""
-    game = PromptGDRO(4, **{**options, "step_size": scale})
+    game = PromptGDRO(4, adversary=Entropic(scale), **options)
     for payoff in (scale, -scale):
         game.observe([0] + [1] * 500, [payoff] + [0.0] * 500)
         assert (game.bin_weights > 0).all()
@@ -221,14 +199,14 @@ def test_huge_step_sizes_and_payoffs_neither_overflow_nor_vanish(options, scale)
     assert np.isfinite(game.bin_weights).all()
 
 
-@pytest.mark.parametrize("reference", ["share", "uniform"])
+@both_references
 @given(seed=SEEDS, size=st.sampled_from([0.1, 0.4, 0.9]))
-def test_theorem_13_cvar_and_chi_square_play_the_best_response_to_the_scores(reference, seed, size):
+def test_theorem_13_cvar_and_chi_square_play_the_best_response_to_the_scores(uniform, seed, size):
     """q is `ambiguity`'s answer to S around the reference; a bin of no share yet is weighed by its score alone."""
-    for adversary, options, answer in (("cvar", {"alpha": size}, cvar), ("chi-square", {"rho": size}, chi_square)):
-        game = played(np.random.default_rng(seed), adversary=adversary, reference=reference, **options)
+    for adversary, answer in ((CVaR(size), cvar), (ChiSquare(size), chi_square)):
+        game = played(np.random.default_rng(seed), adversary=adversary, uniform_reference=uniform)
         np.testing.assert_allclose(game.probabilities, answer(game.scores, size, reference_of(game)).q, atol=1e-12)
-    game = PromptGDRO(3, adversary="cvar", alpha=0.5, max_weight=10)
+    game = PromptGDRO(3, adversary=CVaR(0.5), max_weight=10)
     game.observe([0, 0, 1, 1], [0.9, 0.9, 0.1, 0.1])
     np.testing.assert_allclose(game.bin_weights[:2], [2.0, 0.0], atol=1e-9)  # 1 / alpha on the worse half
     assert game.bin_weights[2] < 1e-9  # level with bin 1, below the tail
@@ -240,20 +218,20 @@ def rare_bins(options, rounds, seed, share=(0.02, 0.38, 0.6), prompts=16):
     game = PromptGDRO(3, ema=0.01, max_weight=1e6, **options)
     for _ in range(200):
         game.observe(rng.choice(3, 1000, p=share), np.zeros(1000))
-    start = game.state_dict()["hedge"]["scores"]
+    start = game.scores
     earned = 0.0
     for _ in range(rounds):
         bins = rng.choice(3, prompts, p=share)
         earned += float(game.probabilities @ [0.7, 0.5, 0.4])
         game.observe(bins, (rng.random(prompts) < np.array([0.7, 0.5, 0.4])[bins]).astype(float))
-    moved = np.subtract(game.state_dict()["hedge"]["scores"], start)[0]
+    moved = game.scores - start
     return game, moved, 0.7 * rounds - earned
 
 
 def test_theorem_4_a_rare_bin_loses_no_payoff_while_it_is_absent():
     """Hedge's cumulated losses are unbiased for every bin, although the rare one is in 28 % of the batches only."""
     step = 1e-4  # so small that scores are linear in the losses
-    _, moved, _ = rare_bins({**HEDGE, "step_size": step}, 3000, seed=0)
+    _, moved, _ = rare_bins(no_regret(step), 3000, seed=0)
     slopes = (moved - moved[1]) / (step * 3000)
     np.testing.assert_allclose(slopes, [0.2, 0.0, -0.1], atol=0.04)
 
@@ -262,19 +240,19 @@ def test_theorem_4_implicit_exploration_damps_the_losses_of_rare_bins_alone():
     """1 / (o + eta/2) against 1 / o: a bin that is always there is hardly changed, a rare one counts o/(o + eta/2)."""
     step = 0.5
     batch = [0] * 1 + [1] * 99
-    games = [PromptGDRO(2, step_size=step, **options) for options in (HEDGE, IX)]
+    games = [PromptGDRO(2, **no_regret(step, implicit)) for implicit in (False, True)]
     fed = []
     for game in games:
         game.observe(batch, np.ones(100))  # tells the shares, loses nothing
         game.observe(batch, np.zeros(100))
-        fed.append(np.diff(game.state_dict()["hedge"]["scores"][0])[0])
+        fed.append(np.diff(game.scores)[0])
     o = 1 - (1 - (1 + 1) / (2 + 100)) ** 100, 1.0
     assert fed[0] == pytest.approx(step * (1 / o[0] - 1 / o[1]), rel=1e-6)
     assert fed[1] == pytest.approx(step * (1 / (o[0] + step / 2) - 1 / (o[1] + step / 2)), rel=1e-6)
 
 
-@pytest.mark.parametrize("options", [HEDGE, IX])
-def test_theorem_4_no_regret_against_the_best_bin_where_the_tracking_adversary_has_linear_regret(options):
+@pytest.mark.parametrize("implicit", [False, True])
+def test_theorem_4_no_regret_against_the_best_bin_where_the_tracking_adversary_has_linear_regret(implicit):
     """F4: cumulated losses find the worst bin although it is rare: regret <= ln K / eta + eta T / (2 o_min), slope 1/2.
 
     The published answer to an average loses the same in every round instead.
@@ -282,18 +260,18 @@ def test_theorem_4_no_regret_against_the_best_bin_where_the_tracking_adversary_h
     horizons, rarest = np.array([300, 900, 2700]), 1 - 0.98**16
     steps = np.sqrt(2 * np.log(3) / horizons)
     regret = [
-        np.mean([rare_bins({**options, "step_size": step}, rounds, seed)[2] for seed in range(4)])
+        np.mean([rare_bins(no_regret(step, implicit), rounds, seed)[2] for seed in range(4)])
         for rounds, step in zip(horizons, steps, strict=True)
     ]
     assert (regret <= np.log(3) / steps + steps * horizons / (2 * rarest)).all()
     assert 0.35 < np.polyfit(np.log(horizons), np.log(regret), 1)[0] < 0.65
-    tracking = PromptGDRO(3, reference="uniform", step_size=0.65)
+    tracking = PromptGDRO(3, adversary=Entropic(0.65), **UNIFORM)
     tracking.observe([0, 1, 2], [0.7, 0.5, 0.4])
     assert 0.7 - tracking.probabilities @ [0.7, 0.5, 0.4] > 0.1  # per round, whatever T
 
 
-@pytest.mark.parametrize("options", [HEDGE, IX])
-def test_theorem_4_a_bin_in_one_batch_of_150_is_believed_rare_when_it_shows_up(options):
+@pytest.mark.parametrize("implicit", [False, True])
+def test_theorem_4_a_bin_in_one_batch_of_150_is_believed_rare_when_it_shows_up(implicit):
     """The worst bin is not played for being rare: the regret stays below the bound with its true chance.
 
     A moving share that already has the present batch in it would make its losses a hundredth, and the regret linear.
@@ -301,7 +279,7 @@ def test_theorem_4_a_bin_in_one_batch_of_150_is_believed_rare_when_it_shows_up(o
     share, payoff, rounds, prompts = np.array([1e-4, 0.4, 0.5999]), np.array([0.1, 0.9, 0.5]), 3000, 64
     rng, chance = np.random.default_rng(0), 1 - (1 - 1e-4) ** 64
     step = float(np.sqrt(2 * np.log(3) * chance / rounds))
-    game = PromptGDRO(3, **options, step_size=step)
+    game = PromptGDRO(3, **no_regret(step, implicit))
     regret = 0.0
     for _ in range(rounds):
         bins = rng.choice(3, prompts, p=share)
@@ -321,9 +299,7 @@ def test_payoffs_are_unbiased_and_bounded(name, target, p):
         assert (payoff >= 0).all()
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"reference": "uniform"}, PUBLISHED | {"share_normalised": True}, {"adversary": "cvar"}, HEDGE, IX]
-)
+@pytest.mark.parametrize("options", [{}, UNIFORM, {"adversary": CVaR(0.5)}, HEDGE, IX])
 def test_state_round_trips_through_json(options):
     """A restored game continues bit for bit."""
     original = played(np.random.default_rng(0), **options)
@@ -336,54 +312,85 @@ def test_state_round_trips_through_json(options):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("options", "change", "message"),
     [
-        ({"version": 0}, "version = 0"),
-        ({"num_bins": 5}, "num_bins = 5"),
-        ({"step_size": 1.0}, "step_size = 1.0"),
-        ({"payoff": "surrogate"}, "payoff = 'surrogate'"),
-        ({"score": [0.0]}, "score must have shape"),
-        ({"score_weight": [0, 0, 0, 2]}, "score_weight must hold .*2"),
-        ({"share": [0, 0, 0, np.nan]}, "share must hold .*nan"),
-        ({"share_weight": -1.0}, "share_weight must lie in .*-1"),
-        ({"drawn": [0, 0, 0, -1.0]}, "drawn must hold .*-1"),
+        ({}, {"version": 0}, "version = 0"),
+        ({}, {"num_bins": 5}, "num_bins = 5"),
+        ({}, {"adversary": Entropic(1.0).settings()}, "adversary = .*1.0"),
+        ({}, {"adversary": CVaR(0.5).settings()}, "adversary = .*CVaR"),
+        ({}, {"payoff": "learnability"}, "payoff = 'learnability'"),
+        ({}, {"share": [0, 0, 0, np.nan]}, "share must hold .*nan"),
+        ({}, {"share_weight": -1.0}, "share_weight must lie in .*-1"),
+        ({}, {"memory": {"sum": [0.0], "weight": [0.0] * 4}}, "sum must have shape"),
+        ({}, {"memory": {"sum": [0.0] * 4, "weight": [0, 0, 0, 2]}}, "weight must hold .*2"),
+        ({}, {"memory": {"sum": [0.0] * 4}}, "lacks 'weight'"),
+        (HEDGE, {"memory": {"drawn": [0, 0, 0, -1.0], "hedge": {}}}, "drawn must hold .*-1"),
+        (HEDGE, {"memory": {"drawn": [0, 0, 0, 0]}}, "lacks 'hedge'"),
     ],
 )
-def test_state_of_another_shape_is_refused(change, message):
+def test_state_of_another_shape_is_refused(options, change, message):
     """Nothing has changed after the error."""
-    game = played(np.random.default_rng(0))
+    game = played(np.random.default_rng(0), **options)
     before = game.state_dict()
     with pytest.raises(ValueError, match=message):
         game.load_state_dict({**before, **change})
     assert game.state_dict() == before
 
 
+UNBOUNDED = Payoff("log", fewest=1, greatest=np.inf, formula=lambda c, n: -np.log((c + 0.5) / (n + 1)))
+
+
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("build", "message"),
     [
-        ({"num_bins": 0}, "num_bins must be an integer >= 1, got 0"),
-        ({"payoff": "loss"}, "payoff must be one of .*'loss'"),
-        ({"step_size": -1.0}, "step_size must lie in .*-1"),
-        ({"step_size": np.nan}, "step_size must lie in .*nan"),
-        ({"ema": 0.0}, r"ema must lie in \(0, 1\], got 0.0"),
-        ({"exploration": 1.5}, "exploration must lie in .*1.5"),
-        ({"max_weight": 0.5}, "max_weight must lie in .*0.5"),
-        ({"reference": "bins"}, "reference must be one of .*'bins'"),
-        ({"weighting": "raw"}, "weighting must be one of .*'raw'"),
-        ({"share_normalised": True}, "share_normalised must be False"),
-        ({"weighting": "published"}, "reference and adversary must be \"uniform\".*'share'"),
-        ({"adversary": "minimax"}, "adversary must be one of .*'minimax'"),
-        ({"adversary": "cvar", "alpha": 0.0}, r"alpha must lie in \(0, 1\], got 0.0"),
-        ({"adversary": "chi-square", "rho": -1.0}, "rho must lie in .*-1"),
-        ({"adversary": "hedge"}, "\"hedge\" needs payoff .* reference \"uniform\", got 'error' and 'share'"),
-        ({"adversary": "exp3-ix", "reference": "uniform", "payoff": "surrogate"}, "\"exp3-ix\" needs .*'surrogate'"),
-        ({"adversary": "hedge", "reference": "uniform", "step_size": 0.0}, "step_size must lie in .*0.0"),
+        (lambda: PromptGDRO(0), "num_bins must be an integer >= 1, got 0"),
+        (lambda: PromptGDRO(4, payoff="error"), "payoff must be an object such as gdro_core.ERROR, got 'error'"),
+        (lambda: PromptGDRO(4, adversary="cvar"), r"adversary must be an object .*Entropic\(2.0\), got 'cvar'"),
+        (lambda: PromptGDRO(4, ema=0.0), r"ema must lie in \(0, 1\], got 0.0"),
+        (lambda: PromptGDRO(4, exploration=1.5), "exploration must lie in .*1.5"),
+        (lambda: PromptGDRO(4, max_weight=0.5), "max_weight must lie in .*0.5"),
+        (lambda: PromptGDRO(4, adversary=NoRegret()), "NoRegret.*uniform_reference=True, got .*False"),
+        (lambda: PromptGDRO(4, **HEDGE, payoff=UNBOUNDED), "NoRegret.* needs a bounded payoff .*'log' up to inf"),
+        (lambda: Entropic(-1.0), "step_size must lie in .*-1"),
+        (lambda: Entropic(np.nan), "step_size must lie in .*nan"),
+        (lambda: CVaR(0.0), r"alpha must lie in \(0, 1\], got 0.0"),
+        (lambda: ChiSquare(-1.0), "rho must lie in .*-1"),
+        (lambda: NoRegret(0.0), "step_size must lie in .*0.0"),
     ],
 )
-def test_construction_refuses(options, message):
+def test_construction_refuses(build, message):
     """Errors name argument, rule and value."""
     with pytest.raises(ValueError, match=message):
-        PromptGDRO(**{"num_bins": 4, **options})
+        build()
+
+
+def test_an_adversary_and_a_payoff_of_your_own_need_no_other_edit():
+    """A worst-bin adversary and a payoff on the log scale, each one object, play like the library's own."""
+
+    @dataclass(frozen=True)
+    class Worst(Adversary):
+        def respond(self, scores, reference):
+            return np.eye(scores.size)[int(np.argmax(scores))]
+
+    game = PromptGDRO(3, adversary=Worst(), payoff=UNBOUNDED)
+    game.observe([0, 1, 2, 2], UNBOUNDED.of([0, 2, 4, 4], [4, 4, 4, 4]))
+    np.testing.assert_allclose(game.probabilities, [1.0, 0.0, 0.0])
+    again = PromptGDRO(3, adversary=Worst(), payoff=UNBOUNDED)
+    again.load_state_dict(json.loads(json.dumps(game.state_dict())))
+    assert again.state_dict() == game.state_dict()
+    with pytest.raises(ValueError, match=r"adversary = .*Worst"):
+        PromptGDRO(3, payoff=UNBOUNDED).load_state_dict(game.state_dict())
+
+
+def test_an_adversary_that_cumulates_refuses_payoffs_outside_its_range():
+    """Its losses are c - payoff >= 0; the others take any finite payoff."""
+    for payoff, wrong in ((ERROR, 1.5), (LEARNABILITY, 2.5), (ERROR, -0.1)):
+        game = PromptGDRO(4, payoff=payoff, **HEDGE)
+        before = game.state_dict()
+        with pytest.raises(ValueError, match=f"payoff must hold .*{wrong}"):
+            game.observe([0], [wrong])
+        assert game.state_dict() == before
+        PromptGDRO(4, payoff=payoff).observe([0], [wrong])
 
 
 @pytest.mark.parametrize(

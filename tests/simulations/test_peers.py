@@ -7,12 +7,12 @@ from math import exp, gamma, log, sqrt
 import numpy as np
 import pytest
 
-from gdro_core import GDROController
+from gdro_core import GDROController, Plan
 from simulations import peers
 from simulations.experiments import peers as experiment
 from simulations.peers import PEERS
 from simulations.population import SkillPopulation, train
-from simulations.race import Ask, Groups, race
+from simulations.race import Groups, own_stream, race
 
 MEAN, BATCH = 8, 20
 ADAPTIVE = ("Reinforce-Ada", "GRESO", "DAPO refill", "VIGOR")
@@ -30,12 +30,18 @@ def groups(*rewards, rows=None):
     return Groups(rows, counts, np.ones(len(rewards)), flat, flat == 1)
 
 
-def told(name, *successes):
+def asked(ids, counts):
+    """A plan with these rollouts and weights 1."""
+    ids = list(ids)
+    return Plan(tuple(ids), np.full(len(ids), -1), np.ones(len(ids)), np.asarray(counts), 0.0, 0)
+
+
+def taught(name, *successes):
     """A peer that saw so many of 8 rollouts right on prompts 0, 1, ..."""
-    peer = PEERS[name](small(), MEAN)
+    peer = PEERS[name](small(), MEAN, np.random.default_rng(0))
     counts = np.full(len(successes), 8)
     rewards = np.concatenate([np.arange(8) < s for s in successes]).astype(float)
-    peer.observe(Ask(list(range(len(successes))), counts, np.ones(len(successes))), rewards)
+    peer.observe(asked(range(len(successes)), counts), rewards)
     return peer
 
 
@@ -46,7 +52,7 @@ def test_a_race_repeats_itself_and_spends_the_budget(name):
     runs = []
     for _ in range(2):
         population = small()
-        runs.append(race(population, PEERS[name](population, MEAN), total, BATCH, seed=3))
+        runs.append(race(population, PEERS[name](population, MEAN, own_stream(3)), total, BATCH, seed=3))
     assert runs[0] == runs[1]
     spent = [row["rollouts"] for row in runs[0]]
     assert spent[-1] >= total > spent[-2]
@@ -59,10 +65,10 @@ def test_a_race_repeats_itself_and_spends_the_budget(name):
 def test_plans_meet_the_exact_budget_inside_the_bounds(name):
     """After some steps: distinct prompts, counts in 2..24 of sum n_bar N, positive weights."""
     population = small()
-    peer = PEERS[name](population, MEAN)
+    peer = PEERS[name](population, MEAN, np.random.default_rng(0))
     race(population, peer, 8 * BATCH * MEAN, BATCH, seed=1)
     ids = list(range(7, 7 + BATCH))
-    plan = peer.plan(ids) if isinstance(peer, GDROController) else peer.plan(ids, np.random.default_rng(0))
+    plan = peer.plan(ids)
     assert len(set(plan.ids)) == BATCH
     assert plan.counts.sum() == MEAN * BATCH
     assert plan.counts.min() >= peers.LOW
@@ -73,24 +79,24 @@ def test_plans_meet_the_exact_budget_inside_the_bounds(name):
 def test_uniform_has_the_same_run_here_and_in_train():
     """The race adds rounds, discards and refills; without them it is `population.train`."""
     one, other = small(), small()
-    raced = race(one, PEERS["uniform"](one, MEAN), 5 * BATCH * MEAN, BATCH, seed=2)
+    raced = race(one, PEERS["uniform"](one, MEAN, own_stream(2)), 5 * BATCH * MEAN, BATCH, seed=2)
     trained = train(other, GDROController.uniform(MEAN), 5, BATCH, MEAN, seed=2)
     assert [row["pass_at_8"] for row in raced[1:]] == [row["pass_at_8"] for row in trained]
 
 
 def test_neyman_follows_the_square_root_of_the_variance():
     """Posterior means 1/2 and 1/18: √(p q) = .5 and .229, so 16 rollouts go 11 : 5; the oracle reads true rates."""
-    assert told("Neyman plug-in", 4, 0).plan([0, 1], np.random.default_rng(0)).counts.tolist() == [11, 5]
+    assert taught("Neyman plug-in", 4, 0).plan([0, 1]).counts.tolist() == [11, 5]
     population = small()
     p = population.pass_rate[:20]
-    counts = PEERS["Neyman oracle"](population, MEAN).plan(list(range(20)), np.random.default_rng(0)).counts
+    counts = PEERS["Neyman oracle"](population, MEAN, np.random.default_rng(0)).plan(list(range(20))).counts
     law = np.sqrt(p * (1 - p))
     np.testing.assert_allclose(counts, np.clip(160 * law / law.sum(), 2, 24), atol=3)
 
 
 def test_vip_is_one_plus_a_share_of_the_rest():
     """1 + (16 - 2) .5 / .729 = 10.6 and 1 + 14 x .229 / .729 = 5.4."""
-    assert told("VIP", 4, 0).plan([0, 1], np.random.default_rng(0)).counts.tolist() == [11, 5]
+    assert taught("VIP", 4, 0).plan([0, 1]).counts.tolist() == [11, 5]
 
 
 @pytest.mark.parametrize(
@@ -103,21 +109,21 @@ def test_vip_is_one_plus_a_share_of_the_rest():
 )
 def test_utility_of_two_rollouts(name, a, b, expected):
     """At p = 1/2: (1 - 1/4 - 1/4) / 8; 1 - (1/2)(2/3); (1 - e^{-2/4}) BetaPDF(1/2; 3.5, 3.5) at failure rate 1/2."""
-    peer = PEERS[name](small(), MEAN)
+    peer = PEERS[name](small(), MEAN, np.random.default_rng(0))
     assert peer.utility(np.array([a]), np.array([b]))[0, 0] == pytest.approx(expected)
 
 
 def test_coba_turns_to_easy_prompts_when_it_fails():
     """Failure rate of the last batch: 1 - 2/16."""
-    assert told("CoBA-RL", 2, 0).failure == pytest.approx(14 / 16)
-    peer = told("CoBA-RL", 0, 0)
+    assert taught("CoBA-RL", 2, 0).failure == pytest.approx(14 / 16)
+    peer = taught("CoBA-RL", 0, 0)
     easy, hard = peer.utility(np.array([8.0, 2.0]), np.array([2.0, 8.0]))[:, 5]
     assert easy > hard
 
 
 def test_reinforce_ada_stops_at_half_and_half_and_keeps_the_rare_kind():
     """k = 8: four of each kind end the rounds; of 7 right and 9 wrong half each are kept, of 15 and 1 seven and one."""
-    peer = PEERS["Reinforce-Ada"](small(), MEAN)
+    peer = PEERS["Reinforce-Ada"](small(), MEAN, np.random.default_rng(0))
     drawn = groups([1] * 4 + [0] * 4, [1] * 8, [0] * 6 + [1] * 2)
     assert peer.more(drawn, 1).tolist() == [0, 8, 8]
     assert peer.more(drawn, 4) is None
@@ -128,33 +134,33 @@ def test_reinforce_ada_stops_at_half_and_half_and_keeps_the_rare_kind():
 
 def test_dapo_keeps_mixed_groups():
     """Neither all right nor all wrong."""
-    kept = PEERS["DAPO refill"](small(), MEAN).keep(groups([1] * 8, [1, 0], [0] * 8, rows=[5, 6, 7]))
+    peer = PEERS["DAPO refill"](small(), MEAN, np.random.default_rng(0))
+    kept = peer.keep(groups([1] * 8, [1, 0], [0] * 8, rows=[5, 6, 7]))
     assert (kept.rows.tolist(), kept.rewards.tolist()) == ([6], [1.0, 0.0])
 
 
 def test_greso_skips_by_the_streak():
     """Streaks 0, 1, 3 and 20 stay with probability 1, 1/2, 1/8 and .01; a mixed group ends a streak."""
-    peer = told("GRESO", 0, 8, 4)
+    peer = taught("GRESO", 0, 8, 4)
     assert peer.streak[:3].tolist() == [1, 1, 0]
     peer.streak[:4] = [0, 1, 3, 20]
-    rng = np.random.default_rng(0)
-    seen = np.bincount(np.concatenate([peer.plan([0, 1, 2, 3], rng).ids for _ in range(4000)]), minlength=4) / 4000
+    seen = np.bincount(np.concatenate([peer.plan([0, 1, 2, 3]).ids for _ in range(4000)]), minlength=4) / 4000
     np.testing.assert_allclose(seen, [1, 0.5, 0.125, 0.01], atol=0.03)  # 3.8 sigma: 1.5e-4 if the seed were new
 
 
 def test_mopps_takes_prompts_near_one_half():
     """Posteriors made almost certain: the 20 prompts told half right are taken, wherever they are in the pool."""
-    peer = PEERS["MoPPS"](small(), MEAN)
+    peer = PEERS["MoPPS"](small(), MEAN, np.random.default_rng(0))
     successes = np.where(np.arange(60) % 3 == 0, 5000, 0)
     peer.memory.observe(list(range(60)), successes, np.full(60, 10000))
-    plan = peer.plan(list(range(BATCH)), np.random.default_rng(0))
+    plan = peer.plan(list(range(BATCH)))
     assert sorted(plan.ids) == list(range(0, 60, 3))
 
 
 def test_vigor_gives_the_uncertain_half_as_much_again():
     """Four each, then eight more for two of four prompts: 32 = 8 x 4."""
-    peer = PEERS["VIGOR"](small(), MEAN)
-    assert peer.plan([0, 1, 2, 3], np.random.default_rng(0)).counts.tolist() == [4] * 4
+    peer = PEERS["VIGOR"](small(), MEAN, np.random.default_rng(0))
+    assert peer.plan([0, 1, 2, 3]).counts.tolist() == [4] * 4
     first = groups([1] * 4, [1, 1, 0, 0], [0] * 4, [1, 0, 0, 0])
     assert peer.more(first, 1).tolist() == [0, 8, 0, 8]
     assert peer.more(first, 2) is None
@@ -163,11 +169,11 @@ def test_vigor_gives_the_uncertain_half_as_much_again():
 def test_sagawa_raises_groups_by_loss_and_size():
     """q_g exp(.05 (1 - mean reward + 1 / √n_g)) over the groups in the batch."""
     population = small()
-    peer = PEERS["Sagawa"](population, MEAN)
+    peer = PEERS["Sagawa"](population, MEAN, np.random.default_rng(0))
     groups_present = np.unique(population.group)
     hard, easy = (int(np.flatnonzero(population.group == g)[0]) for g in groups_present[[0, -1]])
     before = peer.q.copy()
-    peer.observe(Ask([hard, easy], np.array([2, 2]), np.ones(2)), np.array([0.0, 0.0, 1.0, 0.0]))
+    peer.observe(asked([hard, easy], [2, 2]), np.array([0.0, 0.0, 1.0, 0.0]))
     size = np.bincount(population.group)
     factor = np.ones(size.size)
     factor[groups_present[0]] = exp(0.05 * (1 + 1 / sqrt(size[groups_present[0]])))
@@ -179,8 +185,8 @@ def test_sagawa_raises_groups_by_loss_and_size():
 def test_mt_grpo_forgives_a_group_that_improves():
     """First loss 1 counts in full; then loss 1/2 after 1 is an improvement of 1/2, and nothing is added."""
     population = small()
-    peer = PEERS["MT-GRPO"](population, MEAN)
-    one = Ask([0], np.array([2]), np.ones(1))
+    peer = PEERS["MT-GRPO"](population, MEAN, np.random.default_rng(0))
+    one = asked([0], [2])
     g = population.group[0]
     odds = [peer.q[g] / (1 - peer.q[g])]
     for rewards in ([0.0, 0.0], [1.0, 0.0]):
@@ -192,8 +198,8 @@ def test_mt_grpo_forgives_a_group_that_improves():
 
 def test_sec_and_dump_score_categories_by_their_advantages():
     """Half right: mean |A| = 1. SEC goes half way; DUMP adds √(2 ln 2 / 2) after a visit, √(2 ln 2) before."""
-    sec, dump = (PEERS[name](small(), MEAN) for name in ("SEC", "DUMP"))
-    plan = Ask([0], np.array([2]), np.ones(1))
+    sec, dump = (PEERS[name](small(), MEAN, np.random.default_rng(0)) for name in ("SEC", "DUMP"))
+    plan = asked([0], [2])
     for peer in (sec, dump):
         peer.observe(plan, np.array([1.0, 0.0]))
     c = int(sec.category[0])

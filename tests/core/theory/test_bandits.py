@@ -476,6 +476,7 @@ def test_probabilities_cannot_be_written_to():
 BAD = [
     (lambda: Hedge(1, 0.1), "num_arms must be an integer >= 2, got 1"),
     (lambda: Hedge(2, 0.0), r"step_size must lie in \(0, inf\], got 0.0"),
+    (lambda: Exp3(2, 0.0), r"step_size must lie in \(0, inf\], got 0.0"),
     (lambda: Exp3(2, np.inf), "step_size must lie in .*inf"),
     (lambda: Exp3(2, 0.1, replicates=0), "replicates must be an integer >= 1, got 0"),
     (lambda: Exp3IX(2, 0.1, -1.0), "implicit_exploration must lie in .*-1.0"),

@@ -122,6 +122,21 @@ def test_theorem_7_regret_under_a_hard_budget():
     assert 0.3 < np.polyfit(np.log(horizons), np.log(means), 1)[0] < 0.6
 
 
+@pytest.mark.parametrize(
+    ("price", "reward", "expected"),
+    [
+        (0.0, 1.0, 3.0 + 32 * 5.0 + 0.25**2 / 2 / 0.05),
+        (0.2, 0.5, 1.5 + 32 * 5.0 + 0.2**2 / 2 / 0.05),  # the start is farther from 0 than from f / n_bar = .125
+        (0.05, 0.5, 1.5 + 32 * 5.0 + 0.075**2 / 2 / 0.05),  # and here farther from f / n_bar
+        (0.125, 0.5, 1.5 + 32 * 5.0 + 0.125**2 / 2 / 0.05),
+    ],
+)
+def test_theorem_7_the_bound_under_a_hard_budget_by_hand(price, reward, expected):
+    """C_1 = f c / n_bar, C_2 = (c - n_bar)^2 / 2, C_3 = max(mu_0, f / n_bar - mu_0)^2 / 2, at f < 1 and mu_0 > 0."""
+    found = hard_budget_regret_bound(100, 0.05, target=4.0, max_reward=reward, max_cost=12.0, price=price)
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
 @given(st.lists(st.floats(0, 12), min_size=1, max_size=40), st.floats(0.001, 1), st.floats(0, 1), st.floats(0, 1))
 def test_projected_descent_keeps_the_inequality_of_the_proof(costs, step_size, start, other):
     """sum (mu_t - mu) g_t <= (mu - mu_0)^2 / (2 eta) + eta T G^2 / 2 on every sequence, g = n_bar - cost, G = 8."""

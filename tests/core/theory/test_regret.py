@@ -261,6 +261,8 @@ BAD = [
     (lambda: best_in_hindsight([[0.0, np.inf]]), "losses must hold finite numbers, got inf"),
     (lambda: best_in_hindsight(np.zeros((3, 0))), r"losses must have at least one arm, got shape \(3, 0\)"),
     (lambda: duality_gap(0.4, 0.5), "best_adversary must be at least best_learner = 0.5, got 0.4"),
+    (lambda: duality_gap(0.5 - 1e-8, 0.5), "best_adversary must be at least best_learner = 0.5"),
+    (lambda: duality_gap(1e6 - 0.01, 1e6), "best_adversary must be at least best_learner = 1000000.0"),
     (lambda: duality_gap(np.nan, 0.5), "best_adversary must lie in .*nan"),
     (lambda: duality_gap_bound(1.0, 1.0, 0), "horizon must be an integer >= 1, got 0"),
 ]
@@ -274,3 +276,11 @@ def test_bad_input_is_refused(call, message):
 
 def test_round_off_is_not_a_negative_gap():
     assert duality_gap(0.5 - 1e-12, 0.5) == 0.0
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e6])
+def test_a_duality_gap_below_zero_by_rounding_is_zero(size):
+    """1e-10 of the values' size (of 1 for smaller ones) is rounding; ten times the tolerance of 1e-9 is an error."""
+    assert duality_gap(size - 1e-10 * max(size, 1.0), size) == 0.0
+    with pytest.raises(ValueError, match="best_adversary must be at least"):
+        duality_gap(size - 1e-8 * max(size, 1.0), size)

@@ -21,7 +21,7 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer, PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from gdro_core import GDROController, Plan
+from gdro_core import GDROController, Plan, PublishedController
 from gdro_core.rollout_game import RolloutGDRO
 from gdro_llm.config import UsageError
 from gdro_llm.integrations.trl import STATE, GDROTrainer, add_prompt_ids, ragged_advantages
@@ -361,7 +361,7 @@ REFUSED = {
     r"train_dataset needs a column 'prompt_id', got prompt: add_prompt_ids": {
         "dataset": Dataset.from_dict({"prompt": PROMPTS})
     },
-    "published": {"controller": GDROController.published(4)},
+    "published": {"controller": PublishedController(4)},
     "min_rollouts must be at least 2, got 1": {"controller": controller(min_rollouts=1)},
     "preserve_objective needs .* got prompt, none": {
         "controller": controller(preserve_objective=True),
@@ -578,7 +578,7 @@ def test_groups_without_a_signal_or_a_verdict_have_no_advantage():
 
 def test_only_the_rollout_game_moves_counts():
     """What the refusals rely on: n_bar is the rollout game's where there is one."""
-    assert RolloutGDRO(2, 4, 2, 8).mean_rollouts == controller().rollout.mean_rollouts == 4
+    assert RolloutGDRO(4, 2, 8).mean_rollouts == controller().rollout.mean_rollouts == 4
     assert GDROController.uniform(4).state_dict()["mean_rollouts"] == 4
 
 

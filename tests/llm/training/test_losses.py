@@ -579,7 +579,7 @@ def test_mini_batches_need_the_planned_number_of_rollouts(kind):
 def test_the_controllers_own_plan_preserves_the_mean_update(kind):
     """Its counts and weights, at the pass rates that it believes: the mean update of 3 rollouts each."""
     controller = GDROController(
-        OnlineDifficultyClassifier(), rollout=RolloutGDRO(10, 3, 2, 6), preserve_objective=True, seed=0
+        OnlineDifficultyClassifier(), rollout=RolloutGDRO(3, 2, 6), preserve_objective=True, seed=0
     )
     controller.observe(controller.plan(["easy", "hard"]), [1, 1, 1, 0, 1, 0])
     plan = controller.plan(["easy", "hard"])

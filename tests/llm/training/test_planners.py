@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gdro_core import GDROController, gradient_weight
+from gdro_core import HIT, MIXED, ChiSquare, CVaR, Entropic, GDROController, gradient_weight
 from gdro_llm.config import Config, UsageError
 from gdro_llm.training.planners import build_controller
 from gdro_llm.training.trainer import turned_round
@@ -109,18 +109,17 @@ def test_mopps_learns_which_prompts_are_of_middling_difficulty():
 
 
 @pytest.mark.parametrize(
-    ("name", "setting", "part", "attribute"),
+    ("name", "setting", "part", "attribute", "value"),
     [
-        ("recommended", {"adversary": "cvar"}, "prompt", "adversary"),
-        ("recommended-prompt", {"adversary_step": 1.0}, "prompt", "step_size"),
-        ("null", {"adversary": "chi-square"}, "prompt", "adversary"),
-        ("implicit-rollout", {"utility": "mixed"}, "rollout", "utility"),
-        ("recommended-rollout", {"utility": "hit"}, "rollout", "utility"),
+        ("recommended", {"adversary": "cvar"}, "prompt", "adversary", CVaR(0.5)),
+        ("recommended-prompt", {"adversary_step": 1.0}, "prompt", "adversary", Entropic(1.0)),
+        ("null", {"adversary": "chi-square"}, "prompt", "adversary", ChiSquare(0.5)),
+        ("implicit-rollout", {"utility": "mixed"}, "rollout", "utility", MIXED),
+        ("recommended-rollout", {"utility": "hit"}, "rollout", "utility", HIT),
     ],
 )
-def test_settings_reach_the_games(name, setting, part, attribute):
-    """Each key of the configuration is the option of the game that it names."""
-    (value,) = setting.values()
+def test_settings_reach_the_games(name, setting, part, attribute, value):
+    """Each key of the configuration becomes the object that it names."""
     assert getattr(getattr(build(name, **setting), part), attribute) == value
     assert getattr(getattr(build(name), part), attribute) != value
 

@@ -326,7 +326,7 @@ def test_every_key_is_used():
     read = {
         node.attr
         for path, tree in trees()
-        if path.name != "config.py" and path.parent.name == "gdro_llm"
+        if path.name != "config.py" and "gdro_llm" in path.parts
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and "config" in ast.unparse(node.value)
     }
