@@ -25,7 +25,7 @@ NO_METADATA: Any = {"png": {"Software": None}, "pdf": {"CreationDate": None, "Pr
 
 
 def image(figure: Figure, kind: str = "png") -> bytes:
-    """The bytes of a PNG or PDF file, without the time and the version that would make each one another."""
+    """The bytes of a PNG or PDF file, without the time at which it was made."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, dpi=160, metadata=NO_METADATA[kind])
     return buffer.getvalue()
