@@ -38,6 +38,8 @@ from tqdm import tqdm
 
 import gdro_core
 import simulations
+from gdro_llm.measuring import intervals
+from gdro_llm.measuring.style import BASE, COLOURS, image
 from simulations import experiments
 
 Row = dict[str, Any]
@@ -70,7 +72,8 @@ def lacks_data(name: str) -> bool:
 
 def sources() -> list[Path]:
     """All files that decide a result: a block kept under other ones must not be mixed into it."""
-    return [path for package in (simulations, gdro_core) for path in sorted(Path(package.__path__[0]).rglob("*.py"))]
+    files = [path for package in (simulations, gdro_core) for path in sorted(Path(package.__path__[0]).rglob("*.py"))]
+    return [*files, Path(intervals.__file__)]
 
 
 def run(name: str, out: Path, *, seeds: int | None = None, jobs: int = 1, quick: bool = False) -> Verdict:
@@ -103,10 +106,8 @@ def run(name: str, out: Path, *, seeds: int | None = None, jobs: int = 1, quick:
     verdict: Verdict = module.judge(rows)
     with matplotlib.rc_context(STYLE):
         figure = module.draw(rows)
-        for suffix, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None, "Producer": None})):
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format=suffix, dpi=160, metadata=metadata)
-            _write(out / f"{name}.{suffix}", buffer.getvalue())
+        for kind in ("png", "pdf"):
+            _write(out / f"{name}.{kind}", image(figure, kind))
     summary = {"claim": module.CLAIM, "source": module.SOURCE, "holds": verdict.holds, "verdict": verdict.text}
     summary |= {"seeds": total, "quick": quick, "columns": module.COLUMNS}
     _write(out / f"{name}.json", (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
@@ -115,41 +116,15 @@ def run(name: str, out: Path, *, seeds: int | None = None, jobs: int = 1, quick:
     return verdict
 
 
-def paired(difference: Sequence[float] | np.ndarray, *, resamples: int = 2000) -> tuple[float, float, float]:
-    """Mean of differences paired by seed, and its 95 % bootstrap interval (fixed resampling seed)."""
-    values = np.asarray(difference, dtype=np.float64)
-    draws = np.random.default_rng(0).integers(0, values.size, (resamples, values.size))
-    low, high = np.quantile(values[draws].mean(axis=1), [0.025, 0.975])
-    return float(values.mean()), float(low), float(high)
-
-
-def slope(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> float:
-    """Log-log slope of y over x by least squares."""
-    return float(np.polyfit(np.log(np.asarray(x, dtype=np.float64)), np.log(np.asarray(y, dtype=np.float64)), 1)[0])
-
-
 def table(rows: list[Row], value: str, column: str = "horizon", **fixed: Any) -> tuple[np.ndarray, np.ndarray]:
     """(H,) sorted values of `column` and (seeds, H) `value` of the rows that match `fixed`."""
-    found = [row for row in rows if all(row[key] == wanted for key, wanted in fixed.items())]
-    x = np.unique([row[column] for row in found])
-    return x, np.stack([[row[value] for row in found if row[column] == level] for level in x], axis=1)
-
-
-def slope_interval(x: np.ndarray, values: np.ndarray) -> tuple[float, float, float]:
-    """Log-log slope of the mean over seeds of (seeds, H) values, and its 95 % bootstrap interval over seeds."""
-    draws = np.random.default_rng(0).integers(0, len(values), (500, len(values)))
-    slopes = [slope(x, np.maximum(values[draw].mean(axis=0), 1e-12)) for draw in draws]
-    low, high = np.quantile(slopes, [0.025, 0.975])
-    return slope(x, np.maximum(values.mean(axis=0), 1e-12)), float(low), float(high)
+    chosen = [row for row in rows if all(row[key] == wanted for key, wanted in fixed.items())]
+    x = np.unique([row[column] for row in chosen])
+    return x, np.stack([[row[value] for row in chosen if row[column] == level] for level in x], axis=1)
 
 
 STYLE: Any = {
-    "font.size": 9, "axes.titlesize": 9.5, "axes.titlelocation": "left", "axes.spines.top": False,
-    "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6", "axes.axisbelow": True,
-    "legend.frameon": False, "legend.fontsize": 8, "figure.constrained_layout.use": True,
-    "axes.prop_cycle": cycler(
-        color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555"]
-    ),
+    **BASE, "legend.fontsize": 8, "figure.constrained_layout.use": True, "axes.prop_cycle": cycler(color=COLOURS),
 }  # fmt: skip
 
 

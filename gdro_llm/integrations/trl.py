@@ -8,7 +8,8 @@ on every process alike:
 2. TRL's own advantages assume n_bar rows a prompt. They are replaced by those of the ragged groups, times the factor
    of the own loop (`objective.rollout_scale`: the prompt's weight). For every loss of TRL that is the
    same as a factor on the row's policy loss; a KL or entropy term stays unweighted.
-3. The controller observes the gathered rewards, unweighted, and its metrics go to TRL's log as `gdro/...`.
+3. The controller observes the gathered rewards, unweighted, and its metrics go to TRL's log under the own loop's
+   names, with `gdro/` before them: `gdro/bin_error/bin00`.
 
 `scale_rewards="group"` divides by the population standard deviation, like the own loop, and by the constant
 sqrt(n_bar / (n_bar - 1)): groups of n_bar rows keep TRL's scale (it has n - 1 in its deviation), so that learning rates
@@ -43,6 +44,7 @@ from trl import GRPOTrainer
 from gdro_core import GDROController, Observation, Plan, PublishedController
 from gdro_llm.config import UsageError
 from gdro_llm.training.losses import group_advantages, rollout_scale
+from gdro_llm.training.tracking import flatten
 
 TESTED = "1.16.0"  # with transformers 5.19, accelerate 1.15, torch 2.13; one and two processes
 ID = "prompt_id"
@@ -176,7 +178,7 @@ class GDROTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is not installed ev
             same = np.bincount(plan.owner, weights=advantages_R != 0)[plan.owner] == 0
             self._metrics["train"]["frac_reward_zero_std"][-1] = float(same.mean())
         metrics = {**_means(observation), **self.controller.observe(plan, observation)}
-        for name, value in _flat("gdro", metrics):
+        for name, value in flatten({"gdro": metrics}).items():
             self._metrics["train"][name].append(value)
         return output
 
@@ -225,13 +227,13 @@ class GDROTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is not installed ev
         unit_R = rewards_R_F[:, 0] if self.to_unit is None else np.asarray(self.to_unit(rewards_R_F.copy()), float)
         if unit_R.shape != plan.owner.shape:
             raise UsageError(f"to_unit must give one number for each of {plan.owner.size} rollouts, got {unit_R.shape}")
-        told = ~np.isnan(unit_R)
-        if outside := unit_R[told][(unit_R[told] < 0) | (unit_R[told] > 1)].tolist():
+        graded = ~np.isnan(unit_R)
+        if outside := unit_R[graded][(unit_R[graded] < 0) | (unit_R[graded] > 1)].tolist():
             raise UsageError(
                 f"rewards must lie in [0, 1] for the controller, got {outside[0]:g}; say how to map them by to_unit, "
                 "for -1 and 1: to_unit=lambda r: (r[:, 0] + 1) / 2"
             )
-        return Observation.of(plan, unit_R[told], rows=np.flatnonzero(told))
+        return Observation.of(plan, unit_R[graded], rows=np.flatnonzero(graded))
 
     def _get_train_sampler(self, *others: Any, **named: Any) -> Any:
         self._sampler = super()._get_train_sampler(*others, **named)
@@ -350,23 +352,11 @@ def _refusals(
 
 def _means(observation: Observation) -> dict[str, float]:
     """Mean reward with every prompt once, however many rollouts it got; and the same under the weights."""
-    told = observation.trials > 0
-    if not told.any():
+    graded = observation.trials > 0
+    if not graded.any():
         return {}
-    mean_P, weights_P = (observation.correct[told] / observation.trials[told]), observation.plan.weights[told]
+    mean_P, weights_P = (observation.correct[graded] / observation.trials[graded]), observation.plan.weights[graded]
     return {"reward": float(mean_P.mean()), "weighted_reward": float(np.average(mean_P, weights=weights_P))}
-
-
-def _flat(name: str, value: Any) -> Iterator[tuple[str, float]]:
-    """Numbers of nested metrics under names with slashes; what is None is left out."""
-    if isinstance(value, dict):
-        for key in value:
-            yield from _flat(f"{name}/{key}", value[key])
-    elif isinstance(value, list):
-        for i, item in enumerate(value):
-            yield from _flat(f"{name}/{i}", item)
-    elif value is not None:
-        yield name, float(value)
 
 
 def _write(path: Path, state: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections.abc import Sequence
@@ -19,13 +18,15 @@ from matplotlib.figure import Figure
 from gdro_llm.config import EVALUATION_KEYS, Config, UsageError, load_preset, printable
 from gdro_llm.engine.policy import load_policy
 from gdro_llm.engine.sampler import make_sampler
-from gdro_llm.measuring.report import STYLE
+from gdro_llm.measuring import tables
+from gdro_llm.measuring.run_directory import RunDirectory, read_object
+from gdro_llm.measuring.style import RUNS, image
 from gdro_llm.problems.load import CELL_SETS, load_problems, read_set
 from gdro_llm.problems.problem import Problem
 from gdro_llm.problems.prompting import BASE_TEMPLATE, CHAT_TEMPLATE, room_for
 from gdro_llm.problems.rewards import Grader
 from gdro_llm.training.checkpoint import find_checkpoint, write_file
-from gdro_llm.training.evaluation import Scores, by_own_pass_rate, score, table, tabulate
+from gdro_llm.training.evaluation import Scores, by_own_pass_rate, rates_of, score, tabulate
 from gdro_llm.training.update import out_of_memory_advice
 
 PRESET_OF = {
@@ -81,7 +82,7 @@ def evaluate_model(model: str, data: str, out: Path | None, **overrides: object)
         benchmarks[label] = tabulate(of_set)
         if not benchmarks[label]["by_level"]:
             benchmarks[label]["by_bin"] = by_own_pass_rate(of_set)
-    result = {**head, **table(_together(list(scores.values()))), "benchmarks": benchmarks}
+    result = {**head, **rates_of(_together(list(scores.values()))), "benchmarks": benchmarks}
     text = _markdown(result)
     write_file(out / "evaluation.json", json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     write_file(out / "evaluation.md", text)
@@ -91,12 +92,12 @@ def evaluate_model(model: str, data: str, out: Path | None, **overrides: object)
 
 def _settings(model: str, names: Sequence[str], overrides: dict[str, Any]) -> tuple[Config, Path | None]:
     """Configuration and checkpoint: those of a run directory; else what suits the data, for the model as it is."""
-    run = Path(model) / "config.json"
-    found = _read_object(run) if run.is_file() else {}
-    if {"controller", "mean_rollouts"} <= found.keys():
-        if unknown := found.keys() - {spec.name for spec in fields(Config)}:
-            raise UsageError(f"{run} has the unknown key {min(unknown)!r}: a run of another version of gdro")
-        trained = Config(**found)
+    of_run = RunDirectory(Path(model)).config
+    if {"controller", "mean_rollouts"} <= of_run.keys():
+        if unknown := of_run.keys() - {spec.name for spec in fields(Config)}:
+            path = Path(model) / "config.json"
+            raise UsageError(f"{path} has the unknown key {min(unknown)!r}: a run of another version of gdro")
+        trained = Config(**of_run)
         checkpoint = find_checkpoint(Path(model), trained, resume=True, fresh=False)
         if checkpoint is None:
             raise UsageError(
@@ -117,10 +118,11 @@ def _held_out(name: str, config: Config) -> list[Problem]:
     """The test problems of one set, at most `test_problems` of them."""
     if name in PRESET_OF:
         return load_problems(replace(config, data=name, batch_size=1, minibatches=1))[1]
-    found = read_set(name, "test")
-    if len(found) <= config.test_problems:
-        return found
-    return [found[i] for i in sorted(np.random.default_rng(0).choice(len(found), config.test_problems, replace=False))]
+    problems = read_set(name, "test")
+    if len(problems) <= config.test_problems:
+        return problems
+    chosen = np.random.default_rng(0).choice(len(problems), config.test_problems, replace=False)
+    return [problems[i] for i in sorted(chosen)]
 
 
 def _refuse_another(out: Path, head: dict[str, Any]) -> None:
@@ -128,22 +130,11 @@ def _refuse_another(out: Path, head: dict[str, Any]) -> None:
     path = out / "evaluation.json"
     if not path.is_file():
         return
-    found = _read_object(path)
-    found, now = ({**side, **side.get("config", {})} for side in (found, head))
-    changed = [f"{key} {found.get(key)!r} -> {now[key]!r}" for key in now if found.get(key) != now[key]]
+    before, now = ({**side, **side.get("config", {})} for side in (read_object(path), head))
+    changed = [f"{key} {before.get(key)!r} -> {now[key]!r}" for key in now if before.get(key) != now[key]]
     changed = [text for text in changed if not text.startswith("config ")]
     if changed:
         raise UsageError(f"{out} holds another evaluation ({', '.join(changed)}); choose another --out")
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UsageError(f"{path}: not JSON ({error}); repair or delete the file") from error
-    if not isinstance(found, dict):
-        raise UsageError(f"{path}: must be one JSON object; repair or delete the file")
-    return found
 
 
 def _together(parts: Sequence[Scores]) -> Scores:
@@ -169,22 +160,22 @@ def _markdown(result: dict[str, Any]) -> str:
         rows["all problems"] = result
     where = "" if result["checkpoint"] is None else f", {result['checkpoint']}"
     blocks = [f"# {_safe(result['model'])}{where}\n", _table("benchmark", rows), NOTES]
-    for label, found in benchmarks.items():
-        if parts := _parts(found):
-            blocks += [f"## {_safe(label)}\n", _table("level" if found["by_level"] else "pass rate", parts)]
-    if any("by_bin" in found for found in benchmarks.values()):
+    for label, part in benchmarks.items():
+        if parts := _parts(part):
+            blocks += [f"## {_safe(label)}\n", _table("level" if part["by_level"] else "pass rate", parts)]
+    if any("by_bin" in part for part in benchmarks.values()):
         blocks.append(HALVES)
     settings = ", ".join(f"{key} {value!r}" for key, value in result["config"].items() if key != "model")
     return "\n".join([*blocks, f"Settings: {settings}.\n"])
 
 
-def _parts(found: dict[str, Any]) -> dict[str, Any]:
-    return found["by_level"] or found["by_bin"]
+def _parts(part: dict[str, Any]) -> dict[str, Any]:
+    return part["by_level"] or part["by_bin"]
 
 
-def _rates(found: dict[str, Any], kind: str) -> dict[str, str]:
+def _rates(part: dict[str, Any], kind: str) -> dict[str, str]:
     """k as text, and the name of the rate."""
-    names = [name for name in found if name.startswith(f"{kind}@") and name[5:].isdigit()]
+    names = [name for name in part if name.startswith(f"{kind}@") and name[5:].isdigit()]
     return {name[5:]: name for name in names}
 
 
@@ -193,24 +184,16 @@ def _table(first: str, rows: dict[str, Any]) -> str:
     some = next(iter(rows.values()))
     names = [*_rates(some, "mean").values(), *(name for k, name in _rates(some, "pass").items() if k != "1")]
     lines = [[first, "problems", *names, "tokens", "cut"]]
-    for label, found in rows.items():
-        rates = [_show(found, name) for name in names]
-        tokens, cut = f"{found['completion_length']:,.1f}", f"{100 * found['truncated_share']:.1f}"
-        lines.append([_safe(label), f"{found['problems']:,}", *rates, tokens, cut])
-    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-    text = ""
-    for line in lines:
-        cells = [
-            f"{cell:{'<' if i == 0 else '>'}{width}}" for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        text += f"| {' | '.join(cells)} |\n"
-    return text
+    for label, part in rows.items():
+        rates = [_show(part, name) for name in names]
+        tokens, cut = f"{part['completion_length']:,.1f}", f"{100 * part['truncated_share']:.1f}"
+        lines.append([_safe(label), f"{part['problems']:,}", *rates, tokens, cut])
+    return tables.aligned_markdown(lines, "<" + ">" * (len(lines[0]) - 1)) + "\n"
 
 
-def _show(found: dict[str, Any], name: str) -> str:
-    low, high = found[f"{name}_low"], found[f"{name}_high"]
-    return f"{100 * found[name]:.1f}" + ("" if low is None else f" [{100 * low:.1f}, {100 * high:.1f}]")
+def _show(part: dict[str, Any], name: str) -> str:
+    rate, low, high = part[name], part[f"{name}_low"], part[f"{name}_high"]
+    return f"{100 * rate:.1f}" if low is None else tables.with_interval(100 * rate, 100 * low, 100 * high, ".1f")
 
 
 def _safe(text: str) -> str:
@@ -222,38 +205,36 @@ def _figure(benchmarks: dict[str, Any]) -> bytes:
     """pass@k against k, a panel a benchmark: all its problems in black, its levels or bins in colour."""
     columns = min(3, len(benchmarks))
     lines = -(-len(benchmarks) // columns)
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(RUNS):
         figure = Figure(figsize=(max(4.8, 3.4 * columns), 3.2 * lines), layout="constrained")
         axes = list(figure.subplots(lines, columns, squeeze=False, sharey=True).flat)
-        for axis, (label, found) in zip(axes, benchmarks.items(), strict=False):
-            parts = _parts(found)
+        for axis, (label, whole) in zip(axes, benchmarks.items(), strict=False):
+            parts = _parts(whole)
             parts = parts if len(parts) > 1 else {}  # one part is all
             colours = matplotlib.colormaps["viridis"](np.linspace(0.1, 0.85, len(parts)))
             for (name, part), colour in zip(parts.items(), colours, strict=True):
                 _draw_curve(axis, part, _safe(name), color=tuple(colour), linewidth=1.2, marker=".")
-            _draw_curve(axis, found, "all", color="black", linewidth=2.0, marker="o", markersize=4)
-            ks = [int(k) for k in _rates(found, "pass")]
+            _draw_curve(axis, whole, "all", color="black", linewidth=2.0, marker="o", markersize=4)
+            ks = [int(k) for k in _rates(whole, "pass")]
             axis.set_xscale("log", base=2)
             axis.set_xticks(ks, [str(k) for k in ks])
-            axis.set_title(f"{_safe(label)}: {found['problems']:,} problems")
+            axis.set_title(f"{_safe(label)}: {whole['problems']:,} problems")
             axis.set(xlabel="answers to a problem, k", ylim=(-2, 102))
-            title = "" if not parts else "level" if found["by_level"] else "pass rate (half of the answers)"
+            title = "" if not parts else "level" if whole["by_level"] else "pass rate (half of the answers)"
             place = {"loc": "upper left", "bbox_to_anchor": (0.0, -0.2), "ncols": 3}
             axis.legend(fontsize=7, title=title, title_fontsize=7, alignment="left", **place)
         for axis in axes[len(benchmarks) :]:
             axis.remove()
         for axis in axes[::columns]:
             axis.set_ylabel("pass@k, %")
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})  # no version: the same bytes
-    return buffer.getvalue()
+        return image(figure)
 
 
-def _draw_curve(axis: Axes, found: dict[str, Any], name: str, **look: Any) -> None:
+def _draw_curve(axis: Axes, part: dict[str, Any], name: str, **look: Any) -> None:
     """A curve with its intervals as a band."""
-    rates = _rates(found, "pass")
+    rates = _rates(part, "pass")
     ks = [int(k) for k in rates]
-    axis.plot(ks, [100 * found[rate] for rate in rates.values()], label=name, **look)
-    ends = [[found[f"{rate}_{end}"] for rate in rates.values()] for end in ("low", "high")]
+    axis.plot(ks, [100 * part[rate] for rate in rates.values()], label=name, **look)
+    ends = [[part[f"{rate}_{end}"] for rate in rates.values()] for end in ("low", "high")]
     low, high = 100 * np.array(ends, dtype=np.float64)  # NaN where there is none: a gap in the band
     axis.fill_between(ks, low, high, color=look["color"], alpha=0.15, linewidth=0)

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm
 from tqdm import tqdm
 
 from gdro_core import pass_at_k
@@ -28,6 +27,7 @@ from gdro_llm.engine.policy import Policy, success_probability
 from gdro_llm.engine.rollouts import Decoding
 from gdro_llm.engine.sampler import Sampler
 from gdro_llm.engine.workers import ALONE, Workers, whole_weights
+from gdro_llm.measuring.intervals import bca_intervals
 from gdro_llm.problems.problem import Problem
 from gdro_llm.problems.prompting import prompt_tokens
 from gdro_llm.problems.rewards import Grader
@@ -141,20 +141,20 @@ def tabulate_exact(problems: Sequence[Problem], p_P: Floats, n: int) -> dict[str
     `success` has p of every problem by id; standard errors are over problems.
     """
 
-    def rates(rows: NDArray[np.int64]) -> dict[str, Any]:
+    def of_rows(rows: NDArray[np.int64]) -> dict[str, Any]:
         p, size = p_P[rows], len(rows)
-        found: dict[str, Any] = {"problems": size}
+        rates: dict[str, Any] = {"problems": size}
         for name in rate_values(n):
             kind, _, k = name.partition("@")
             values = p if kind == "mean" else 1.0 - (1.0 - p) ** int(k)
-            found[name] = float(values.mean())
-            found[f"{name}_se"] = float(values.std(ddof=1) / np.sqrt(size)) if size > 1 else None
-        return found
+            rates[name] = float(values.mean())
+            rates[f"{name}_se"] = float(values.std(ddof=1) / np.sqrt(size)) if size > 1 else None
+        return rates
 
     return {
-        **rates(np.arange(len(problems))),
-        "by_level": _parts([problem.level for problem in problems], rates),
-        "by_task": _parts([problem.task for problem in problems], rates),
+        **of_rows(np.arange(len(problems))),
+        "by_level": _parts([problem.level for problem in problems], of_rows),
+        "by_task": _parts([problem.task for problem in problems], of_rows),
         "success": {problem.id: float(p) for problem, p in zip(problems, p_P, strict=True)},
     }
 
@@ -166,19 +166,19 @@ def draw_seed(seed: int, name: str, block: int) -> int:
 
 
 def tabulate(scores: Scores) -> dict[str, Any]:
-    """The `table` of all problems, by_level and by_task the same for each part; correct.
+    """`rates_of` all problems, by_level and by_task the same for each part; correct.
 
     `correct` has the successes of every problem by id, so that two evaluations can be compared problem by problem.
     """
     return {
-        **table(scores),
-        "by_level": _parts([problem.level for problem in scores.problems], lambda rows: table(scores.part(rows))),
-        "by_task": _parts([problem.task for problem in scores.problems], lambda rows: table(scores.part(rows))),
+        **rates_of(scores),
+        "by_level": _parts([problem.level for problem in scores.problems], lambda rows: rates_of(scores.part(rows))),
+        "by_task": _parts([problem.task for problem in scores.problems], lambda rows: rates_of(scores.part(rows))),
         "correct": {p.id: int(c) for p, c in zip(scores.problems, scores.correct_P, strict=True)},
     }
 
 
-def table(scores: Scores) -> dict[str, Any]:
+def rates_of(scores: Scores) -> dict[str, Any]:
     """The rates of some problems.
 
     Returns:
@@ -190,17 +190,18 @@ def table(scores: Scores) -> dict[str, Any]:
     size, n = scores.correct_P_N.shape
     values = rate_values(n)
     tally = np.bincount(scores.correct_P, minlength=n + 1)
-    found: dict[str, Any] = {"problems": size}
-    for (name, of_c), (low, high) in zip(values.items(), bootstrap(tally, np.array([*values.values()])), strict=True):
-        rates = of_c[scores.correct_P]
-        found[name] = float(rates.mean())
-        found[f"{name}_se"] = float(rates.std(ddof=1) / np.sqrt(size)) if size > 1 else None
-        found |= {f"{name}_low": low, f"{name}_high": high}
+    intervals = bca_intervals(tally, np.array([*values.values()]), resamples=RESAMPLES)
+    rates: dict[str, Any] = {"problems": size}
+    for (name, of_c), (low, high) in zip(values.items(), intervals, strict=True):
+        rate_P = of_c[scores.correct_P]
+        rates[name] = float(rate_P.mean())
+        rates[f"{name}_se"] = float(rate_P.std(ddof=1) / np.sqrt(size)) if size > 1 else None
+        rates |= {f"{name}_low": low, f"{name}_high": high}
     if (p := scores.exact_P) is not None:
-        found |= {f"exact_mean@{n}": float(p.mean()), f"exact_pass@{n}": float((1.0 - (1.0 - p) ** n).mean())}
-    found["completion_length"] = float(scores.length_P_N.mean())
-    found["truncated_share"] = float(scores.truncated_P_N.mean())
-    return found
+        rates |= {f"exact_mean@{n}": float(p.mean()), f"exact_pass@{n}": float((1.0 - (1.0 - p) ** n).mean())}
+    rates["completion_length"] = float(scores.length_P_N.mean())
+    rates["truncated_share"] = float(scores.truncated_P_N.mean())
+    return rates
 
 
 def rate_values(n: int) -> dict[str, Floats]:
@@ -208,37 +209,6 @@ def rate_values(n: int) -> dict[str, Floats]:
     correct = np.arange(n + 1)
     ks = [2**i for i in range(n.bit_length()) if 2**i < n] + [n]
     return {f"mean@{n}": correct / n, **{f"pass@{k}": pass_at_k(correct, n, k) for k in ks}}
-
-
-def bootstrap(tally_V: np.ndarray, values_C_V: Floats) -> list[tuple[float | None, float | None]]:
-    """95 % BCa intervals (Efron 1987) of means over problems, of which `tally_V[v]` have the value `values_C_V[:, v]`.
-
-    BCa, since rates near 0 or 1 are skewed, where percentile intervals miss on one side. (With 30 problems of which few
-    are ever solved both are too short: of a mean of .05, BCa covers 90 %, percentile 87 %.) A resample of problems is
-    one multinomial draw of the tally: exact, and 40 times as fast as one by one. Always the same draws.
-
-    Returns:
-        (low, high) of each of the C means; (None, None) where all problems have the same value.
-    """
-    seen = tally_V > 0
-    tally, values = tally_V[seen], values_C_V[:, seen]
-    size = tally.sum()
-    drawn = np.random.default_rng(0).multinomial(size, tally / size, size=RESAMPLES)
-    found: list[tuple[float | None, float | None]] = []
-    for of_v in values:
-        centre = tally @ of_v / size
-        deviation = of_v - centre
-        if np.ptp(of_v) == 0:
-            found.append((None, None))
-            continue
-        gaps = drawn @ deviation / size
-        gaps[abs(gaps) < 1e-12] = 0.0  # ties count half; rounding must not break them
-        bias = norm.ppf((1.0 - np.sign(gaps).mean()) / 2.0)
-        acceleration = (tally @ deviation**3) / (6.0 * (tally @ deviation**2) ** 1.5)
-        z = bias + norm.ppf([0.025, 0.975])
-        low, high = centre + np.quantile(gaps, norm.cdf(bias + z / (1.0 - acceleration * z)))
-        found.append((float(low), float(high)))
-    return found
 
 
 def by_own_pass_rate(scores: Scores) -> dict[str, Any]:
@@ -262,7 +232,7 @@ def _by_bin(scores: Scores, pass_rates_P: Floats, num_bins: int) -> dict[str, An
         raise ValueError(f"pass_rates_P must hold {len(scores.problems)} numbers in [0, 1], got {pass_rates_P!r}")
     bins = np.minimum((rates * num_bins).astype(int), num_bins - 1)
     return {
-        f"{100 * b / num_bins:.3g}–{100 * (b + 1) / num_bins:.3g} %": table(scores.part(bins == b))
+        f"{100 * b / num_bins:.3g}–{100 * (b + 1) / num_bins:.3g} %": rates_of(scores.part(bins == b))
         for b in np.unique(bins).tolist()
     }
 

@@ -1,8 +1,9 @@
 """Scalars of a run to TensorBoard and Weights & Biases, besides the files that every run writes (`log_to`).
 
-Both are shown the same numbers under the same names; a list is one number a bin, `bin_error/bin00`, and a `None` in it
-(a bin without prompts) is a point that is not drawn. A resumed run continues its curves: TensorBoard drops what came
-after the checkpoint, W&B gets the same run again, whose id lies in the run directory, with `step` as its axis.
+Both are shown the same numbers under the names of `flatten`, as TRL and verl are by the adapters, with `gdro/` before
+them. A list is one number a bin, `bin_error/bin00`, and a `None` in it (a bin without prompts) is a point that is not
+drawn. A resumed run continues its curves: TensorBoard drops what came after the checkpoint, W&B gets the same run
+again, whose id lies in the run directory, with `step` as its axis.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ class Tracker:
     """
 
     def __init__(self, config: Config, out: Path, *, step: int = 0) -> None:
-        found = import_trackers(config)
-        self._wandb = _open_wandb(found["wandb"], config, out) if "wandb" in found else None
+        modules = import_trackers(config)
+        self._wandb = _open_wandb(modules["wandb"], config, out) if "wandb" in modules else None
         self._tensorboard: Any = None
-        if "tensorboard" in found:
+        if "tensorboard" in modules:
             purge = step + 1 if step else None
-            self._tensorboard = found["tensorboard"].SummaryWriter(str(out / "tensorboard"), purge_step=purge)
+            self._tensorboard = modules["tensorboard"].SummaryWriter(str(out / "tensorboard"), purge_step=purge)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Send the finite numbers in `metrics`; texts and missing values are left out."""
@@ -79,14 +80,14 @@ def flatten(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 def import_trackers(config: Config) -> dict[str, Any]:
     """The modules of what `log_to` names, or a UsageError that says which package to install."""
-    modules = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
-    found = {}
+    names = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
+    modules = {}
     for name in filter(None, config.log_to.split(",")):
         try:
-            found[name] = importlib.import_module(modules[name])
+            modules[name] = importlib.import_module(names[name])
         except ImportError as error:
             raise UsageError(f"log_to {name} needs the package {name}: pip install {name}") from error
-    return found
+    return modules
 
 
 def _open_wandb(wandb: Any, config: Config, out: Path) -> Any:

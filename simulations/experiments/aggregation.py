@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
 from gdro_core import GDROController, Observation, Plan
-from simulations.harness import Row, Verdict, paired
+from gdro_llm.measuring.intervals import mean_interval
+from simulations.harness import Row, Verdict
 from simulations.population import SkillPopulation, train
 
 CLAIM = (
@@ -88,10 +89,10 @@ def judge(rows: list[Row]) -> Verdict:
     for steps in ("plain", "normalised"):
         for game in GAMES:
             by = {way: _of(rows, steps, game, way, "pass_at_8") for way in ("rollouts", "prompts")}
-            mean, low, high = paired(by["rollouts"] - by["prompts"])
+            mean, low, high = mean_interval(by["rollouts"] - by["prompts"])
             holds &= low > 0 or game != "joint"
             told.append(f"{game}, {steps} steps: {mean:+.4f} [{low:+.4f}, {high:+.4f}]")
-            mean, low, high = paired(by["rollouts"] - _of(rows, steps, "uniform", "prompts", "pass_at_8"))
+            mean, low, high = mean_interval(by["rollouts"] - _of(rows, steps, "uniform", "prompts", "pass_at_8"))
             told.append(f"{game}, {steps} steps, over uniform: {mean:+.4f} [{low:+.4f}, {high:+.4f}]")
     return Verdict(holds, "pass@8 of rollouts minus of prompts: " + "; ".join(told))
 
@@ -104,7 +105,9 @@ def draw(rows: list[Row]) -> Figure:
         for shift, way in ((0.12, "prompts"), (-0.12, "rollouts")):
             found = np.array(
                 [
-                    paired(_of(rows, steps, game, way, measure) - _of(rows, steps, "uniform", "prompts", measure))
+                    mean_interval(
+                        _of(rows, steps, game, way, measure) - _of(rows, steps, "uniform", "prompts", measure)
+                    )
                     for game, steps in places
                 ]
             )

@@ -14,7 +14,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from gdro_core import GDROController, OnlineDifficultyClassifier, PromptGDRO, RolloutGDRO
-from simulations.harness import Row, Verdict, paired
+from gdro_llm.measuring.intervals import mean_interval
+from simulations.harness import Row, Verdict
 
 CLAIM = (
     "Of one and the same policy, any-of-n bins rise with n and, in the loop, for the prompts given more rollouts; "
@@ -83,7 +84,7 @@ def judge(rows: list[Row]) -> Verdict:
         "loop, more less fewer": ("above", "below"),
     }
     for name, (more, less) in compared.items():
-        moves = {s: paired(_values(rows, s, more) - _values(rows, s, less)) for s in STATISTICS}
+        moves = {s: mean_interval(_values(rows, s, more) - _values(rows, s, less)) for s in STATISTICS}
         least = moves["any"][1]
         holds &= least > 0 and all(max(-moves[s][1], moves[s][2]) < least / 3 for s in STATISTICS[1:])
         said = ", ".join(f"{s}: {mean:+.2f} [{low:+.2f}, {high:+.2f}]" for s, (mean, low, high) in moves.items())
@@ -101,7 +102,7 @@ def draw(rows: list[Row]) -> Figure:
             (left, np.array(COUNTS), COUNTS),
             (right, np.arange(2) + 0.1 * (i - 1), ("below", "above")),
         ):
-            found = np.array([paired(_values(rows, statistic, n)) for n in groups])
+            found = np.array([mean_interval(_values(rows, statistic, n)) for n in groups])
             error = np.abs(found[:, 1:].T - found[:, 0])
             axis.errorbar(x, found[:, 0], error, fmt="o-" if axis is left else "o", capsize=3, label=label)
     left.set(xlabel="rollouts n of every prompt", ylabel="mean bin (0 hardest)", ylim=(0, BINS - 1))

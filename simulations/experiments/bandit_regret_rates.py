@@ -26,7 +26,8 @@ from gdro_core import (
     hedge_bound,
     tsallis_inf_bound,
 )
-from simulations.harness import Row, Verdict, slope, slope_interval, table
+from gdro_llm.measuring.intervals import percentile_interval, slope, slope_interval
+from simulations.harness import Row, Verdict, table
 
 CLAIM = "Regret grows like √T on adversarial losses and stays under its bounds; Tsallis-INF has ln T on stochastic ones"
 SOURCE = "Theorem 4"
@@ -110,11 +111,14 @@ def _increments(rows: list[Row], name: str) -> tuple[float, float, float]:
     Horizons grow by a factor 4, so it is 1 if regret is linear in ln T and 2 if it is linear in √T.
     """
     regret = table(rows, "regret", policy=name, losses="stochastic")[1]
-    draws = np.random.default_rng(0).integers(0, len(regret), (500, len(regret)))
-    first, last = np.diff(regret[draws].mean(axis=1))[:, [0, -1]].T
-    low, high = np.quantile(last / first, [0.025, 0.975])
-    first, last = np.diff(regret.mean(axis=0))[[0, -1]]
-    return float(last / first), float(low), float(high)
+
+    def growth(runs: np.ndarray) -> np.ndarray:
+        """(..., seeds, T) regrets -> (...,) last increment of their mean over the first."""
+        increments = np.diff(runs.mean(axis=-2))
+        return np.asarray(increments[..., -1] / increments[..., 0])
+
+    ends = percentile_interval(lambda rows: growth(regret[rows]), len(regret), resamples=500)
+    return float(growth(regret)), *ends
 
 
 def judge(rows: list[Row]) -> Verdict:

@@ -16,7 +16,8 @@ from scipy.special import expit, logit
 from scipy.stats import spearmanr
 
 from gdro_core import prompt_payoff
-from simulations.harness import Row, Verdict, paired
+from gdro_llm.measuring.intervals import mean_interval
+from simulations.harness import Row, Verdict
 
 CLAIM = "The published payoff does not rank prompts by difficulty, at ratio 1 or after drift; the error payoff does"
 SOURCE = "F1, Eq. 3-7"
@@ -83,7 +84,7 @@ def judge(rows: list[Row]) -> Verdict:
     """Holds if every published payoff has mean |correlation| over prompts below 0.1 and the error payoff above 0.7."""
     holds, said = True, []
     for population, payoff in product(POPULATIONS, PAYOFFS):
-        middle, low, high = paired(_values(rows, population, payoff, "by_prompt"))
+        middle, low, high = mean_interval(_values(rows, population, payoff, "by_prompt"))
         bins = _values(rows, population, payoff, "by_bin").mean()
         holds &= low > 0.7 if payoff == "error" else max(-low, high) < 0.1
         said.append(f"{population}, {payoff}: {middle:+.2f} [{low:+.2f}, {high:+.2f}] (bins {bins:+.2f})")

@@ -8,7 +8,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from gdro_core import GDROController, OnlineDifficultyClassifier, Planner, PromptGDRO, PublishedController, RolloutGDRO
-from simulations.harness import Row, Verdict, paired
+from gdro_llm.measuring.intervals import mean_interval
+from simulations.harness import Row, Verdict
 from simulations.population import SkillPopulation, train
 
 CLAIM = (
@@ -90,11 +91,11 @@ def judge(rows: list[Row]) -> Verdict:
     holds, told = True, []
     for steps in ("plain", "normalised"):
         for controller in ("recommended joint", "recommended prompt", "recommended rollout"):
-            mean, low, high = paired(_gain(rows, steps, controller, "pass_at_8"))
+            mean, low, high = mean_interval(_gain(rows, steps, controller, "pass_at_8"))
             told.append(f"{controller} {mean:+.4f} [{low:+.4f}, {high:+.4f}] with {steps} steps")
             holds &= low > 0 or controller != "recommended joint"
         for transfer in TRANSFERS[1:]:
-            mean, low, high = paired(_gain(rows, steps, "recommended joint", "pass_at_8", transfer))
+            mean, low, high = mean_interval(_gain(rows, steps, "recommended joint", "pass_at_8", transfer))
             told.append(f"joint {mean:+.4f} [{low:+.4f}, {high:+.4f}] with {steps} steps at transfer {transfer:g}")
     return Verdict(holds, "pass@8 minus uniform's: " + "; ".join(told))
 
@@ -107,7 +108,7 @@ def draw(rows: list[Row]) -> Figure:
     labels = [name if transfer == TRANSFERS[0] else f"{name}, transfer {transfer:g}" for name, transfer in others]
     for axis, (measure, label) in zip(figure.subplots(1, 3, sharey=True), MEASURES.items(), strict=True):
         for shift, steps in ((0.12, "plain"), (-0.12, "normalised")):
-            found = np.array([paired(_gain(rows, steps, name, measure, transfer)) for name, transfer in others])
+            found = np.array([mean_interval(_gain(rows, steps, name, measure, transfer)) for name, transfer in others])
             error = np.abs(found[:, 1:] - found[:, :1]).T
             axis.errorbar(
                 found[:, 0], np.arange(len(others)) + shift, xerr=error, fmt="o", markersize=4, label=f"{steps} steps"

@@ -22,7 +22,8 @@ from gdro_core import (
     path_regret_bound,
     sample_budget_allocation,
 )
-from simulations.harness import Row, Verdict, paired, slope, slope_interval, table
+from gdro_llm.measuring.intervals import mean_interval, slope, slope_interval
+from simulations.harness import Row, Verdict, table
 
 CLAIM = (
     "Exact path play has the enumerated marginals and regret under its bound, with full feedback no faster than √T; "
@@ -142,7 +143,7 @@ def judge(rows: list[Row]) -> Verdict:
         said = f"{feedback}, {losses}: slope {found:.2f} [{low:.2f}, {high:.2f}], of the last two horizons {last:.2f}"
         if feedback != "published":
             limit = table(rows, "limit", feedback=feedback, losses=losses)[1][0]
-            share = max(paired(regret[:, t])[2] / limit[t] for t in range(horizons.size))
+            share = max(mean_interval(regret[:, t])[2] / limit[t] for t in range(horizons.size))
             holds &= bool(share < 1 and (feedback == "bandit" or low <= 0.5))
             said += f", at most {share:.2f} of the bound"
         if losses == "chosen":
@@ -154,7 +155,7 @@ def judge(rows: list[Row]) -> Verdict:
             np.array([r["measured"] for r in rows if (r["feedback"], r["losses"], r["horizon"]) == (name, losses, at)])
             for name in ("published", "bandit")
         ]
-        mean, low, high = paired((pair[0] - pair[1]) / at)
+        mean, low, high = mean_interval((pair[0] - pair[1]) / at)
         text.append(f"published minus bandit, {losses}: {mean:+.3f} [{low:+.3f}, {high:+.3f}] a round at T = {at}")
     return Verdict(bool(holds), "; ".join(text))
 
@@ -166,7 +167,7 @@ def draw(rows: list[Row]) -> Figure:
     colours = {"full": "C0", "bandit": "C1", "published": "C2"}
     for feedback, losses in GAMES:
         horizons, regret = table(rows, "measured", feedback=feedback, losses=losses)
-        found = np.array([paired(column) for column in (regret / horizons).T])
+        found = np.array([mean_interval(column) for column in (regret / horizons).T])
         error, colour = np.abs(found[:, 1:].T - found[:, 0]), colours[feedback]
         name = "released play (F3)" if feedback == "published" else f"{feedback} feedback"
         axes[losses].errorbar(horizons, found[:, 0], error, fmt="o-", capsize=3, color=colour, label=f"{name} (95 %)")

@@ -18,7 +18,8 @@ from gdro_core import (
     gradient_weight,
     sqrt_allocation,
 )
-from simulations.harness import Row, Verdict, paired
+from gdro_llm.measuring.intervals import mean_interval
+from simulations.harness import Row, Verdict
 
 CLAIM = "Fed with flat arm losses, the rollout bandit gets no nearer to the square-root law than a random allocation"
 SOURCE = "F2, F5"
@@ -101,7 +102,7 @@ def judge(rows: list[Row]) -> Verdict:
     for loss in ("flat", "drift"):
         for method in ("published", "bandit"):
             gain = _distances(rows, loss, "random") - _distances(rows, loss, method)
-            mean, low, high = paired(gain)
+            mean, low, high = mean_interval(gain)
             holds &= low <= 0 or loss == "drift"
             text.append(f"{method}/{loss} nearer than random by {mean:.2f} [{low:.2f}, {high:.2f}]")
     control = np.mean(_distances(rows, "flat", "variance"))
@@ -120,7 +121,7 @@ def draw(rows: list[Row]) -> Figure:
     names = {"published": "published\nbandit", "bandit": "exact\nbandit", "random": "random\nallocation"}
     names |= {"variance": "variance utility\n(this project)"}
     for shift, loss in ((-0.12, "flat"), (0.12, "drift")):
-        found = np.array([paired(_distances(rows, loss, method)) for method in METHODS])
+        found = np.array([mean_interval(_distances(rows, loss, method)) for method in METHODS])
         error = np.abs(found[:, 1:].T - found[:, 0])
         label = "flat arm loss (F2)" if loss == "flat" else "arm loss that drifts with the pull"
         left.errorbar(np.arange(4) + shift, found[:, 0], error, fmt="o", capsize=3, label=label)

@@ -6,7 +6,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from gdro_core import RolloutGDRO, decoupling_price, sqrt_allocation
-from simulations.harness import Row, Verdict, paired
+from gdro_llm.measuring.intervals import mean_interval
+from simulations.harness import Row, Verdict
 
 CLAIM = "n ∝ ω√v has the least variance of the weighted gradient, and n ∝ √v pays exactly 1 + CV²(ω) times as much"
 SOURCE = "F7, Theorem 4.2"
@@ -67,7 +68,7 @@ def judge(rows: list[Row]) -> Verdict:
     gains = {}
     for spread in spreads:
         pair = [_values(rows, rule, "integer", spread) for rule in ("decoupled", "joint")]
-        gains[spread] = paired(pair[0] / pair[1])
+        gains[spread] = mean_interval(pair[0] / pair[1])
     text = ", ".join(f"{s:g}: {gains[s][0]:.3f} [{gains[s][1]:.3f}, {gains[s][2]:.3f}]" for s in spreads[1:])
     ordered = all(gains[s][1] > 1.0 for s in spreads[1:])
     return Verdict(

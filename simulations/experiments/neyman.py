@@ -6,7 +6,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from gdro_core import ClipOGD, PlugInNeyman, neyman_regret
-from simulations.harness import Row, Verdict, slope
+from gdro_llm.measuring.intervals import slope_interval
+from gdro_llm.measuring.tables import with_interval
+from simulations.harness import Row, Verdict, table
 
 CLAIM = "Clip-OGD's Neyman regret grows like √T, the plug-in's like log T, and uniform sampling's like T"
 SOURCE = "Theorem 9"
@@ -50,27 +52,14 @@ def simulate(seeds: np.ndarray, quick: bool) -> list[Row]:
     return rows
 
 
-def _table(rows: list[Row], design: str) -> tuple[np.ndarray, np.ndarray]:
-    """Horizons (T,), and regrets (seeds, T)."""
-    horizons = np.unique([r["horizon"] for r in rows])
-    found = [[r["regret"] for r in rows if r["design"] == design and r["horizon"] == t] for t in horizons]
-    return horizons, np.array(found).T
-
-
 def judge(rows: list[Row]) -> Verdict:
     """Log-log slopes over T, seeds resampled: 1/2 ± 0.15, below 0.3 with equal steps per factor of 4, and 1."""
-    found, text = {}, []
-    for design in DESIGNS:
-        horizons, regret = _table(rows, design)
-        picks = np.random.default_rng(0).integers(0, len(regret), (1000, len(regret)))
-        slopes = [slope(horizons, mean) for mean in regret[picks].mean(axis=1)]
-        found[design] = tuple(np.quantile(slopes, [0.025, 0.975]))
-        middle = slope(horizons, regret.mean(axis=0))
-        text.append(f"{design}: slope {middle:.3f} [{found[design][0]:.3f}, {found[design][1]:.3f}]")
-    steps = np.diff(_table(rows, "plug_in")[1].mean(axis=0))
+    slopes = {d: slope_interval(*table(rows, "regret", design=d), resamples=1000) for d in DESIGNS}
+    text = [f"{design}: slope {with_interval(*slopes[design], '.3f')}" for design in DESIGNS]
+    steps = np.diff(table(rows, "regret", design="plug_in")[1].mean(axis=0))
     text.append("plug-in adds " + ", ".join(f"{step:.1f}" for step in steps) + " per factor of 4 of T")
-    low, high = found["clip_ogd"]
-    holds = low >= 0.35 and high <= 0.65 and found["plug_in"][1] < 0.3 and abs(found["uniform"][0] - 1.0) < 0.05
+    _, low, high = slopes["clip_ogd"]
+    holds = low >= 0.35 and high <= 0.65 and slopes["plug_in"][2] < 0.3 and abs(slopes["uniform"][1] - 1.0) < 0.05
     return Verdict(bool(holds and steps[-1] < 1.5 * steps[0]), "; ".join(text))
 
 
@@ -80,7 +69,7 @@ def draw(rows: list[Row]) -> Figure:
     axis = figure.subplots()
     labels = {"clip_ogd": "Clip-OGD (√T)", "plug_in": "plug-in with floor (log T)", "uniform": "uniform sampling (T)"}
     for design in DESIGNS:
-        horizons, regret = _table(rows, design)
+        horizons, regret = table(rows, "regret", design=design)
         (line,) = axis.loglog(horizons, regret.mean(axis=0), "o-", label=labels[design])
         axis.fill_between(horizons, *np.quantile(regret, [0.1, 0.9], axis=0), alpha=0.15, color=line.get_color())
     axis.set(xlabel="horizon T [units]", ylabel="Neyman regret [squared outcome]")

@@ -6,7 +6,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from gdro_core import GDROController, OnlineDifficultyClassifier, PromptGDRO, RolloutGDRO
-from simulations.harness import Row, Verdict, paired
+from gdro_llm.measuring.intervals import mean_interval
+from simulations.harness import Row, Verdict
 from simulations.population import SkillPopulation, train
 
 CLAIM = "No number of bins from 2 to 20 ends with a higher held-out pass@8 than 6, which looked best in the paper"
@@ -65,14 +66,16 @@ def _values(rows: list[Row], rule: str, bins: int, measure: str) -> np.ndarray:
 def judge(rows: list[Row]) -> Verdict:
     """Paired by seed against 6 bins: the claim fails where an interval lies above 0 (Bonferroni is not applied)."""
     six = _values(rows, "free", BEST, "pass_at_8")
-    gains = {bins: paired(_values(rows, "free", bins, "pass_at_8") - six) for bins in BINS if bins != BEST}
+    gains = {bins: mean_interval(_values(rows, "free", bins, "pass_at_8") - six) for bins in BINS if bins != BEST}
     better = [bins for bins, (_, low, _) in gains.items() if low > 0]
     told = [f"{bins} bins {mean:+.4f} [{low:+.4f}, {high:+.4f}]" for bins, (mean, low, high) in gains.items()]
     flips = [f"{rule} {_values(rows, rule, 10, 'flips').mean():.2f}" for rule in DISCOUNTS]
     firm = [
         f"{rule} {mean:+.4f} [{low:+.4f}, {high:+.4f}]"
         for rule in FIRM
-        for mean, low, high in [paired(_values(rows, rule, 10, "pass_at_8") - _values(rows, "free", 10, "pass_at_8"))]
+        for mean, low, high in [
+            mean_interval(_values(rows, rule, 10, "pass_at_8") - _values(rows, "free", 10, "pass_at_8"))
+        ]
     ]
     text = f"pass@8 minus 6 bins': {', '.join(told)}; flips a visit at 10 bins: {', '.join(flips)}"
     return Verdict(not better, f"{text}; pass@8 minus free at 10 bins: {', '.join(firm)}")
@@ -85,7 +88,7 @@ def draw(rows: list[Row]) -> Figure:
     six = _values(rows, "free", BEST, "pass_at_8")
     for rule, shift in zip(DISCOUNTS, (0.0, -0.2, 0.2, 0.4), strict=True):
         sizes = [bins for name, bins in RULES if name == rule]
-        found = np.array([paired(_values(rows, rule, bins, "pass_at_8") - six) for bins in sizes])
+        found = np.array([mean_interval(_values(rows, rule, bins, "pass_at_8") - six) for bins in sizes])
         error = np.abs(found[:, 1:] - found[:, :1]).T
         left.errorbar(np.array(sizes) + shift, found[:, 0], yerr=error, fmt="o", markersize=4, label=rule)
         right.plot(sizes, [_values(rows, rule, bins, "flips").mean() for bins in sizes], "o-", markersize=4)

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from simulations.harness import Row, Verdict, paired
+from gdro_llm.measuring.intervals import ENDS, mean_interval, resampled_rows
+from gdro_llm.measuring.tables import markdown, with_interval
+from simulations.harness import Row, Verdict
 from simulations.peers import PEERS
 from simulations.population import SkillPopulation
 from simulations.race import own_stream, race
@@ -97,10 +99,10 @@ def tabulate(rows: list[Row]) -> str:
     Rollouts are the median over seeds of those to the uniform run's final pass@8, over its own; a run that never gets
     there counts as infinitely many, and is missing from `reached`.
     """
-    head = "| method | " + " | ".join(SHARES.values()) + " | rollouts to uniform's pass@8 [× uniform's] | reached |"
+    header = ["method", *SHARES.values(), "rollouts to uniform's pass@8 [× uniform's]", "reached"]
     text = ["# Methods at equal total rollouts", (tabulate.__doc__ or "").replace("\n    ", "\n").strip()]
     for population in dict.fromkeys(row["population"] for row in rows):
-        lines = [head, "|" + " --- |" * (len(SHARES) + 3)]
+        lines = [header]
         mine = [row for row in rows if row["population"] == population]
         by_method = {m: [row for row in mine if row["method"] == m] for m in dict.fromkeys(r["method"] for r in mine)}
         own = np.array([row["rollouts_to_uniform"] for row in by_method["uniform"]], dtype=float)
@@ -108,22 +110,21 @@ def tabulate(rows: list[Row]) -> str:
             cells = []
             for key in SHARES:
                 values, base = (100 * np.array([r[key] for r in found]) for found in (runs, by_method["uniform"]))
-                mean, low, high = paired(values - base)
-                against = "" if method == "uniform" else f" ({mean:+.2f} [{low:+.2f}, {high:+.2f}])"
+                mean, low, high = mean_interval(values - base)
+                against = "" if method == "uniform" else f" ({with_interval(mean, low, high, '+.2f')})"
                 cells.append(f"{values.mean():.2f}{against}")
             needed = np.array([np.inf if r["rollouts_to_uniform"] == "" else r["rollouts_to_uniform"] for r in runs])
             median = [f"{x:.2f}" if np.isfinite(x) else "never" for x in _median(needed / own)]
             cells += [f"{median[0]} [{median[1]}, {median[2]}]", f"{np.isfinite(needed).sum()} of {len(runs)}"]
-            lines.append(f"| {method} | " + " | ".join(cells) + " |")
-        text += [f"## {population}, {own.size} seeds", "\n".join(lines)]
+            lines.append([method, *cells])
+        text += [f"## {population}, {own.size} seeds", markdown(lines, "<" * len(header))]
     return "\n\n".join(text) + "\n"
 
 
 def _median(values: np.ndarray) -> np.ndarray:
     """Median and its 95 % bootstrap interval (fixed resampling seed); values may be infinite."""
-    draws = values[np.random.default_rng(0).integers(0, values.size, (2000, values.size))]
-    medians = np.quantile(draws, 0.5, axis=1, method="inverted_cdf")
-    ends = np.quantile(medians, [0.025, 0.975], method="inverted_cdf")
+    medians = np.quantile(values[resampled_rows(values.size, 2000)], 0.5, axis=1, method="inverted_cdf")
+    ends = np.quantile(medians, ENDS, method="inverted_cdf")
     return np.array([np.quantile(values, 0.5, method="inverted_cdf"), *ends])
 
 
@@ -134,12 +135,12 @@ def judge(rows: list[Row]) -> Verdict:
         found = differences(rows, population)
         others = {m: d for m, d in found.items() if m not in ("joint", "Neyman oracle")}
         best = max(others, key=lambda m: float(others[m].mean()))
-        mean, low, high = paired(100 * (found["joint"] - found[best]))
+        mean, low, high = mean_interval(100 * (found["joint"] - found[best]))
         holds &= low > 0
-        winners = {m: 100 * d.mean() for m, d in found.items() if m != "uniform" and paired(d)[1] > 0}
+        winners = {m: 100 * d.mean() for m, d in found.items() if m != "uniform" and mean_interval(d)[1] > 0}
         ranked = sorted(winners, key=lambda m: -winners[m])
         beat = ", ".join(f"{m} {winners[m]:+.2f}" for m in ranked) or "nobody"
-        mine, below, above = paired(100 * found["joint"])
+        mine, below, above = mean_interval(100 * found["joint"])
         text.append(
             f"{population}: joint {mine:+.2f} [{below:.2f}, {above:.2f}] points against uniform, {mean:+.2f} "
             f"[{low:.2f}, {high:.2f}] against {best}; above uniform: {beat}"
@@ -156,7 +157,7 @@ def draw(rows: list[Row]) -> Figure:
         found = differences(rows, population)
         for ours in (False, True):
             rows_of = [k for k, m in enumerate(methods) if (m in OURS) == ours]
-            dots = np.array([paired(100 * found[methods[k]]) for k in rows_of])
+            dots = np.array([mean_interval(100 * found[methods[k]]) for k in rows_of])
             error = np.abs(dots[:, 1:].T - dots[:, 0])
             label = "this project" if ours else "peers"
             axis.errorbar(dots[:, 0], rows_of, xerr=error, fmt="o", markersize=4, capsize=2, label=label)

@@ -14,7 +14,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from gdro_core import Entropic, Hedge, NoRegret, PromptGDRO, PublishedPromptGDRO
-from simulations.harness import Row, Verdict, paired, table
+from gdro_llm.measuring.intervals import mean_interval
+from simulations.harness import Row, Verdict, table
 
 CLAIM = (
     "Debiased scores find a rare hardest bin sooner; share normalisation hides it and amplifies rare bins' noise; "
@@ -106,7 +107,7 @@ def judge(rows: list[Row]) -> Verdict:
     Hedge is unbiased but for the estimated share of the bin, so that it is asked to remove nine tenths of the bias.
     """
     early = {name: table(rows, "found", "step", game=name, payoff="error")[1][:, :4].mean(axis=1) for name in GAMES}
-    sooner = {name: paired(early["debiased"] - early[name]) for name in GAMES[1:3]}
+    sooner = {name: mean_interval(early["debiased"] - early[name]) for name in GAMES[1:3]}
     holds = all(low > 0 for _, low, _ in sooner.values())
     said = [f"found early {early[n].mean():.2f}" + f" ({n})" for n in GAMES]
     said += [f"debiased minus {n} {m:+.2f} [{a:+.2f}, {b:+.2f}]" for n, (m, a, b) in sooner.items()]
@@ -121,14 +122,14 @@ def judge(rows: list[Row]) -> Verdict:
     bias = {}
     for name in GAMES[3:]:
         for key, truth in (("easy", -0.4), ("hard", 0.4)):
-            middle, low, high = paired(table(rows, key, "step", game=name, payoff="error")[1][:, -1] - truth)
+            middle, low, high = mean_interval(table(rows, key, "step", game=name, payoff="error")[1][:, -1] - truth)
             said.append(f"{name}: bias of the rare {key} bin {middle:+.3f} [{low:+.3f}, {high:+.3f}]")
             bias[name, key] = abs(middle)
     holds &= bias["Hedge", "easy"] < 0.1 * bias["Hedge without 1/o", "easy"]
     ratios = {}
     for name in GAMES[:2]:
         meant, given = (table(rows, key, "step", game=name, payoff="error")[1][:, -1] for key in ("meant", "given"))
-        ratios[name] = paired(given / meant)
+        ratios[name] = mean_interval(given / meant)
         middle, low, high = ratios[name]
         said.append(f"{name}: the rare hardest bin gets {middle:.2f} [{low:.2f}, {high:.2f}] of the share q means")
     holds &= ratios["debiased"][1] > 0.9 and ratios["debiased"][2] < 1.1 and ratios["undebiased"][2] < 0.2

@@ -6,7 +6,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from gdro_core import GDROController, OnlineDifficultyClassifier, RolloutGDRO, gradient_weight
-from simulations.harness import Row, Verdict, paired
+from gdro_llm.measuring.intervals import mean_interval
+from simulations.harness import Row, Verdict
 
 CLAIM = "n rollouts pull a prompt by w_n(p): from n = 2 to 12 up to threefold; preserve_objective takes that out again"
 SOURCE = "F6, theorem 10"
@@ -90,7 +91,7 @@ def judge(rows: list[Row]) -> Verdict:
                 gap = abs(pull - theory) / max(error / np.sqrt(seeds), 1e-9)  # n = 2 has no noise at all
                 worst = max(worst, gap)
     spread = {name: np.array([r["pull"] for r in rows if r["estimator"] == name]) for name in ("plain", "preserved")}
-    mean, low, high = paired(spread["plain"] - spread["preserved"])
+    mean, low, high = mean_interval(spread["plain"] - spread["preserved"])
     ratio = gradient_weight(12, 0.05) / gradient_weight(2, 0.05)
     text = (
         f"largest deviation from w_n(p) {worst:.1f} standard errors over {len(counts) * 9} cells; "

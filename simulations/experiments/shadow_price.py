@@ -7,7 +7,8 @@ from matplotlib.figure import Figure
 from scipy.optimize import brentq
 
 from gdro_core import PublishedRolloutGDRO, ShadowPrice, violation_bound
-from simulations.harness import Row, Verdict, paired, slope
+from gdro_llm.measuring.intervals import mean_interval, slope
+from simulations.harness import Row, Verdict
 
 CLAIM = "With alpha ∝ 1/√T the mean violation falls like 1/√T under its bound; an exact budget never moves the price"
 SOURCE = "Theorem 7, Eq. 21, 31"
@@ -109,7 +110,7 @@ def judge(rows: list[Row]) -> Verdict:
     for kind in ("real", "integer"):
         horizons, violation = _runs(rows, kind, "violation")
         _, bound = _runs(rows, kind, "bound")
-        mean, low, high = paired([slope(horizons, np.abs(run)) for run in violation])
+        mean, low, high = mean_interval([slope(horizons, np.abs(run)) for run in violation])
         holds &= low >= -0.6 and high <= -0.4 and bool((violation <= bound).all())
         under = f"{np.mean(violation <= bound):.0%} under the bound"
         text.append(f"{kind}: slope {mean:.3f} [{low:.3f}, {high:.3f}], {under}")

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from scipy.special import comb
 
 from gdro_core import HIT, MIXED, VARIANCE, OnlineDifficultyClassifier, RolloutGDRO, Utility
-from simulations.harness import Row, Verdict, paired
+from gdro_llm.measuring.intervals import mean_interval
+from simulations.harness import Row, Verdict
 
 CLAIM = (
     "On a real run the recommended classifier predicts the next visit better than the published one, "
@@ -141,10 +142,11 @@ def _values(rows: list[Row], rule: str, measure: str) -> NDArray[np.float64]:
 def judge(rows: list[Row]) -> Verdict:
     """Over splits: log loss recommended below published, mixed groups above uniform and above the null."""
     ours, published = "recommended: d .8", "published: any of 8"
-    loss = paired(_values(rows, ours, "log_loss") - _values(rows, published, "log_loss"))
-    error = paired(_values(rows, ours, "mse") - _values(rows, published, "mse"))
+    loss = mean_interval(_values(rows, ours, "log_loss") - _values(rows, published, "log_loss"))
+    error = mean_interval(_values(rows, ours, "mse") - _values(rows, published, "mse"))
     gain = {
-        name: paired(_values(rows, "mixed", "mixed") - _values(rows, name, "mixed")) for name in ("uniform", "null")
+        name: mean_interval(_values(rows, "mixed", "mixed") - _values(rows, name, "mixed"))
+        for name in ("uniform", "null")
     }
     holds = loss[2] < 0 and error[2] < 0 and all(low > 0 for _, low, _ in gain.values())
     best = min(CLASSIFIERS, key=lambda rule: _values(rows, rule, "log_loss").mean())

@@ -23,7 +23,8 @@ from gdro_core import (
     best_in_hindsight,
     hedge_bound,
 )
-from simulations.harness import Row, Verdict, paired, slope_interval, table
+from gdro_llm.measuring.intervals import mean_interval, slope_interval
+from simulations.harness import Row, Verdict, table
 
 CLAIM = "The published EMA adversary has linear regret against a fixed bin and follows a moving one better than Hedge"
 SOURCE = "F4, theorem 4"
@@ -95,7 +96,7 @@ def judge(rows: list[Row]) -> Verdict:
             holds &= high <= 0.6 and bool((regret.mean(axis=0) <= [hedge_bound(int(t), BINS) for t in horizons]).all())
     last = int(horizons[-1])
     tracking = {name: table(rows, "tracking", adversary=name, bins="moving")[1][:, -1] / last for name in ADVERSARIES}
-    compared = {name: paired(tracking[name] - tracking["Hedge"]) for name in ADVERSARIES if name != "Hedge"}
+    compared = {name: mean_interval(tracking[name] - tracking["Hedge"]) for name in ADVERSARIES if name != "Hedge"}
     holds &= compared["published EMA"][2] < 0
     text = (
         "; moving, tracking regret per round less Hedge's "

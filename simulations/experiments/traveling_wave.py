@@ -8,7 +8,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from gdro_core import GDROController, Planner, PublishedController
-from simulations.harness import Row, Verdict, paired
+from gdro_llm.measuring.intervals import mean_interval
+from simulations.harness import Row, Verdict
 from simulations.population import SkillPopulation, train
 
 CLAIM = (
@@ -79,16 +80,16 @@ def judge(rows: list[Row]) -> Verdict:
     holds, told = True, []
     thirds = zip(np.array_split(ours, 3, axis=1), np.array_split(published, 3, axis=1), strict=True)
     for third, (mine, theirs) in enumerate(thirds, start=1):
-        mean, low, high = paired(mine.mean(axis=1))
-        other, other_low, other_high = paired(theirs.mean(axis=1))
-        closer = paired(np.abs(mine).mean(axis=1) - np.abs(theirs).mean(axis=1))
+        mean, low, high = mean_interval(mine.mean(axis=1))
+        other, other_low, other_high = mean_interval(theirs.mean(axis=1))
+        closer = mean_interval(np.abs(mine).mean(axis=1) - np.abs(theirs).mean(axis=1))
         holds &= high <= -0.5 and closer[1] > 0
         told.append(
             f"third {third}: recommended {mean:+.2f} [{low:+.2f}, {high:+.2f}], "
             f"published {other:+.2f} [{other_low:+.2f}, {other_high:+.2f}]"
         )
     for name in ("recommended joint", "published rollout"):
-        mean, low, high = paired(_lead(rows, name, "rollout_lead_lag").mean(axis=1))
+        mean, low, high = mean_interval(_lead(rows, name, "rollout_lead_lag").mean(axis=1))
         told.append(f"rollouts of {name} {mean:+.2f} [{low:+.2f}, {high:+.2f}]")
     return Verdict(bool(holds), "lead-lag in bins: " + "; ".join(told))
 

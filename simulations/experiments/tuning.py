@@ -25,7 +25,8 @@ from gdro_core import (
     PromptGDRO,
     RolloutGDRO,
 )
-from simulations.harness import Row, Verdict, paired
+from gdro_llm.measuring.intervals import mean_interval
+from simulations.harness import Row, Verdict
 from simulations.population import SkillPopulation, train
 
 CLAIM = "Of 54 joint controllers none is above the recommended one by .05 points in the mean of pass@8 and mean@8"
@@ -111,13 +112,15 @@ def judge(rows: list[Row]) -> Verdict:
     if len({row["rollouts"] for row in rows}) != 1:
         raise ValueError(f"runs must spend the same, got {sorted({row['rollouts'] for row in rows})} rollouts")
     found = gains(rows)
-    ahead = {choice: paired(found[choice] - found[RECOMMENDED])[1] for choice in CHOICES if choice != RECOMMENDED}
+    ahead = {
+        choice: mean_interval(found[choice] - found[RECOMMENDED])[1] for choice in CHOICES if choice != RECOMMENDED
+    }
     above = [choice for choice, low in ahead.items() if low > 0]
     ranked = sorted(CHOICES, key=lambda choice: -found[choice].mean())
     text = "; ".join(
         f"{', '.join(map(str, choice))} {mean:+.2f} [{low:+.2f}, {high:+.2f}] (pass@8 {only.mean():+.2f})"
         for choice in dict.fromkeys((*ranked[:3], RECOMMENDED))
-        for mean, low, high in (paired(found[choice]),)
+        for mean, low, high in (mean_interval(found[choice]),)
         for only in (gains(rows, ("pass_at_8",))[choice],)
     )
     most = max(ahead.values())

@@ -6,7 +6,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from gdro_core import GDROController
-from simulations.harness import Row, Verdict, paired
+from gdro_llm.measuring.intervals import mean_interval
+from simulations.harness import Row, Verdict
 from simulations.population import SkillPopulation, train
 
 CLAIM = (
@@ -79,7 +80,7 @@ def judge(rows: list[Row]) -> Verdict:
         ("negatives", "prompt game", "solved_weight", 1),
     ):
         before, after = (_values(rows, error, rate, controller, measure) for rate in (0.0, 0.1))
-        _, low, high = paired(after - before)
+        _, low, high = mean_interval(after - before)
         holds &= low > 0 if sign > 0 else high < 0
         told.append(f"{measure.replace('_', ' ')} x{before.mean():.2f} -> x{after.mean():.2f} with {error}")
     for error, rate in (("positives", 0.0), ("positives", 0.1), ("negatives", 0.1)):
@@ -87,7 +88,7 @@ def judge(rows: list[Row]) -> Verdict:
             gain = _values(rows, error, rate, controller, "pass_at_8") - _values(
                 rows, error, rate, "uniform", "pass_at_8"
             )
-            mean, low, high = paired(gain)
+            mean, low, high = mean_interval(gain)
             told.append(f"{controller} {mean:+.4f} [{low:+.4f}, {high:+.4f}] pass@8 on uniform at {rate:.0%} {error}")
     return Verdict(bool(holds), "; ".join(told))
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
+from gdro_llm.measuring.intervals import mean_interval, slope
 from simulations import harness
 from simulations.__main__ import main
 
@@ -82,7 +85,7 @@ def test_paired_interval_covers_the_mean_difference_about_95_times_in_100():
     rng = np.random.default_rng(0)
     covered = 0
     for _ in range(400):
-        _, low, high = harness.paired(rng.normal(1.0, 2.0, 50), resamples=400)
+        _, low, high = mean_interval(rng.normal(1.0, 2.0, 50), resamples=400)
         covered += low <= 1.0 <= high
     assert 0.90 < covered / 400 < 0.98
 
@@ -90,7 +93,7 @@ def test_paired_interval_covers_the_mean_difference_about_95_times_in_100():
 def test_slope_of_a_power_law():
     """y = 3 x^-0.5 has log-log slope -0.5."""
     x = np.array([1.0, 10.0, 100.0])
-    assert harness.slope(x, 3 * x**-0.5) == pytest.approx(-0.5)
+    assert slope(x, 3 * x**-0.5) == pytest.approx(-0.5)
 
 
 @pytest.mark.parametrize(
@@ -126,8 +129,22 @@ def test_list_names_every_experiment_with_its_claim(capsys):
         assert all(told in line for told in (name, harness.load(name).CLAIM, harness.load(name).SOURCE))
 
 
+def test_an_experiment_needs_no_torch():
+    """Intervals, tables and plot style are shared with the training loop, and need neither it nor its models."""
+    code = "import sys, simulations.harness as h; [h.load(name) for name in h.names()]; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    modules = set(done.stdout.split())
+    assert "gdro_llm.measuring.intervals" in modules
+    assert modules & {"torch", "transformers", "gdro_llm.training", "gdro_llm.engine"} == set()
+
+
 def test_a_kept_block_is_of_the_present_code_of_the_core_too():
     """A change of either package makes unfinished blocks another run's."""
     names = {"/".join(path.parts[-2:]) for path in harness.sources()}
-    assert {"gdro_core/controller.py", "gdro_core/difficulty.py", "simulations/population.py"} <= names
+    assert {
+        "measuring/intervals.py",
+        "gdro_core/controller.py",
+        "gdro_core/difficulty.py",
+        "simulations/population.py",
+    } <= names
     assert "experiments/tuning.py" in names

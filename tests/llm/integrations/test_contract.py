@@ -9,11 +9,12 @@ compares the own loop with the library alone, `make test-trl` and `make test-ver
 import uuid
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import literal
 import numpy as np
 import pytest
 
@@ -25,6 +26,7 @@ from gdro_llm.problems.problem import Problem
 from gdro_llm.problems.rewards import Grader
 from gdro_llm.training import trainer
 from gdro_llm.training.losses import group_advantages, rollout_scale
+from gdro_llm.training.tracking import flatten
 
 STEPS = 6
 
@@ -65,6 +67,7 @@ class Run:
     plans: list[Plan]
     advantages: list[np.ndarray]  # (R,) of each step, in plan order, weights and all
     state: dict[str, Any]  # of the controller afterwards
+    names: set[str]  # under which metrics were logged, without the adapters' "gdro/"
 
 
 def verdict(case: Case, name: str, place: int) -> float:
@@ -80,11 +83,11 @@ class Verdicts:
         self.case, self.places = case, Counter[str]()
 
     def __call__(self, names: Sequence[str]) -> list[float]:
-        found = []
+        rewards = []
         for name in names:
-            found.append(verdict(self.case, name, self.places[name]))
+            rewards.append(verdict(self.case, name, self.places[name]))
             self.places[name] += 1
-        return found
+        return rewards
 
 
 class Record:
@@ -99,6 +102,11 @@ class Record:
             return plain(plan, rewards)
 
         controller.observe = observe  # type: ignore[method-assign]
+
+
+def without_prefix(names: Iterable[str]) -> set[str]:
+    """Names of an adapter's metrics, among those of its engine, as the own loop has them."""
+    return {name.removeprefix("gdro/") for name in names if name.startswith("gdro/")}
 
 
 def own_loop(config: Config, folder: Path, case: Case) -> Run:
@@ -122,19 +130,21 @@ def own_loop(config: Config, folder: Path, case: Case) -> Run:
         patch.setattr(Grader, "check_gold", lambda self, problems: None)
         patch.setattr(Grader, "grade", lambda self, problems, texts: np.array(verdicts([p.id for p in problems])))
         trainer.train(config, folder)
-    return Run(records[0].plans, advantages, records[0].controller.state_dict())
+    names = {name for row in literal.read_log(folder / "metrics.jsonl") for name in flatten(row)}
+    return Run(records[0].plans, advantages, records[0].controller.state_dict(), names)
 
 
 def library(folder: Path, batches: list[list[Problem]], config: Config, case: Case, fixtures: Any) -> Run:
     """`gdro_core` as the README uses it, and the objective's two factors."""
     record, verdicts, advantages = Record(trainer.build_controller(config)), Verdicts(case), []
+    names: set[str] = set()
     for batch in batches:
         plan = record.controller.plan([problem.id for problem in batch])
         rewards = np.array(verdicts([plan.ids[p] for p in plan.owner]))
         scale_R = rollout_scale(plan.weights, plan.counts, plan.owner, config.aggregation)
         advantages.append(group_advantages(rewards, plan.owner, scale=case.scaled) * scale_R)
-        record.controller.observe(plan, rewards)
-    return Run(record.plans, advantages, record.controller.state_dict())
+        names |= flatten(record.controller.observe(plan, rewards)).keys()
+    return Run(record.plans, advantages, record.controller.state_dict(), names)
 
 
 def with_trl(folder: Path, batches: list[list[Problem]], config: Config, case: Case, fixtures: Any) -> Run:
@@ -149,11 +159,13 @@ def with_trl(folder: Path, batches: list[list[Problem]], config: Config, case: C
     rows = [{"prompt": problem.prompt, "prompt_id": problem.id} for batch in batches for problem in batch]
     record = Record(trainer.build_controller(config))
     advantages: list[np.ndarray] = []
+    names: set[str] = set()
 
     class Keep(GDROTrainer):
         def _generate_and_score_completions(self, inputs):
             output = super()._generate_and_score_completions(inputs)
             advantages.append(output["advantages"].double().numpy())
+            names.update(without_prefix(self._metrics["train"]))
             return output
 
     settings = GRPOConfig(
@@ -181,7 +193,7 @@ def with_trl(folder: Path, batches: list[list[Problem]], config: Config, case: C
         controller=record.controller,
         aggregation=config.aggregation,
     ).train()
-    return Run(record.plans, advantages, record.controller.state_dict())
+    return Run(record.plans, advantages, record.controller.state_dict(), names)
 
 
 def with_verl(folder: Path, batches: list[list[Problem]], config: Config, case: Case, fixtures: Any) -> Run:
@@ -193,13 +205,13 @@ def with_verl(folder: Path, batches: list[list[Problem]], config: Config, case: 
     rows = []
     for problem in (problem for batch in batches for problem in batch):
         source, index = problem.id.split("/", 1)
-        told = [verdict(case, problem.id, place) for place in range(STEPS * config.max_rollouts)]
+        verdicts = [verdict(case, problem.id, place) for place in range(STEPS * config.max_rollouts)]
         rows.append(
             {
                 "data_source": source,
                 "prompt": [{"role": "user", "content": problem.prompt}],
                 "reward_model": {"style": "rule", "ground_truth": ""},
-                "extra_info": {"index": index, "run": run, "verdicts": told},
+                "extra_info": {"index": index, "run": run, "verdicts": verdicts},
             }
         )
     settings = ("controller", "min_rollouts", "max_rollouts", "num_bins", "seed", "aggregation")
@@ -213,7 +225,7 @@ def with_verl(folder: Path, batches: list[list[Problem]], config: Config, case: 
         "trainer.save_freq": -1,
     }
     configure, fit = (fixtures.getfixturevalue(name) for name in ("configure", "fit"))
-    done, _ = fit(configure(*(f"{key}={value}" for key, value in overrides.items()), rows=rows))
+    done, log = fit(configure(*(f"{key}={value}" for key, value in overrides.items()), rows=rows))
     advantages = []
     for plan, submitted, (keys, tags, data) in zip(
         done.plans, done.submitted, done.actor_rollout_wg.trained, strict=True
@@ -225,7 +237,8 @@ def with_verl(folder: Path, batches: list[list[Problem]], config: Config, case: 
             if not tag.get("is_padding", False):
                 found[first[place_of[uid]] + int(session)] = data["advantages"][i][0]
         advantages.append(found)
-    return Run(done.plans, advantages, done.controller.state_dict())
+    names = {name for row in log for name in without_prefix(row)}
+    return Run(done.plans, advantages, done.controller.state_dict(), names)
 
 
 def n_minus_one(config: Config) -> float:
@@ -245,13 +258,14 @@ ENGINES = {
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_engines_decide_what_the_own_loop_decides(engine, case, run_config, tmp_path, request):
-    """Ids, bins, weights, counts and price of every plan; weights times advantages; the memory after all steps."""
+    """Ids, bins, weights, counts and price of every plan; weights times advantages; the memory after all steps; and
+    the names of what is logged, bin by bin (verl also counts the rollouts that it lost)."""
     package, run, rtol, rtol_without_a_game = ENGINES[engine]
     pytest.importorskip(package)
     rhythm = {"steps": STEPS, "eval_every": STEPS, "save_every": STEPS, "eval_samples": 1}
     # Three epochs, so that all prompts of the later ones are known.
-    told = {"controller": case.controller, "scale_rewards": case.scaled, "aggregation": case.aggregation}
-    config = run_config(**told, seed=case.seed, batch_size=20, **rhythm)
+    settings = {"controller": case.controller, "scale_rewards": case.scaled, "aggregation": case.aggregation}
+    config = run_config(**settings, seed=case.seed, batch_size=20, **rhythm)
     problems, _ = load_problems(config)
     batches = [
         [problems[i] for i in batch_indices(len(problems), config.batch_size, step, config.seed)]
@@ -275,6 +289,9 @@ def test_engines_decide_what_the_own_loop_decides(engine, case, run_config, tmp_
         tolerance = rtol_without_a_game if case.controller == "grpo" else rtol
         np.testing.assert_allclose(advantages, expected_advantages * factor, rtol=tolerance, atol=1e-7)
     assert other.state == own.state
+    assert other.names - {"missing_rollouts"} <= own.names
+    assert {name for name in other.names if "/" in name} == {name for name in own.names if "/" in name}
+    assert any(name.startswith("bin_error/bin") for name in other.names)
     games = case.controller.partition("-")[2] if case.controller != "grpo" else "none"
     assert any(len(set(plan.counts.tolist())) > 1 for plan in own.plans) == (games in ("", "rollout"))
     assert any(np.ptp(plan.weights) > 0.1 for plan in own.plans) == (games in ("", "prompt"))

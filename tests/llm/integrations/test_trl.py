@@ -294,8 +294,8 @@ def test_metrics_reach_the_log(one):
         assert row["gdro/reward"] == pytest.approx((observation.correct / observation.trials).mean())
         same = np.isin(observation.correct, [0]) | (observation.correct == observation.trials)
         assert row["frac_reward_zero_std"] == pytest.approx(same[plan.owner].mean())
-        told = {int(key.rpartition("/")[2]) for key in row if key.startswith("gdro/bin_rollouts/")}
-        assert told == set(plan.bins[plan.bins >= 0].tolist())
+        logged = {key for key in row if key.startswith("gdro/bin_rollouts/")}
+        assert logged == {f"gdro/bin_rollouts/bin{b:02d}" for b in plan.bins[plan.bins >= 0].tolist()}
         assert row["reward"] == pytest.approx(observation.correct.sum() / 16)  # TRL's: every rollout counts once
 
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import literal
@@ -24,8 +25,13 @@ from hypothesis import strategies as st
 
 from gdro_llm.cli import main
 from gdro_llm.config import CONTROLLERS, Config, UsageError
-from gdro_llm.measuring import compare
-from gdro_llm.measuring.compare import METHODS, Method, analyse, outcomes, paired, rollouts_to
+from gdro_llm.measuring import compare, comparison
+from gdro_llm.measuring.compare import METHODS, Method
+from gdro_llm.measuring.comparison import analyse, outcomes, rollouts_to
+from gdro_llm.measuring.intervals import nested_rows, paired_difference
+from gdro_llm.measuring.run_directory import RunDirectory
+
+paired = partial(paired_difference, resamples=500)
 
 quick = settings(max_examples=30, deadline=None)
 gains = st.floats(0.1, 10.0)
@@ -36,7 +42,7 @@ differences = st.lists(st.floats(-10.0, 10.0).map(lambda x: round(x, 3)), min_si
 def few_resamples():
     """Enough for what is asserted, and fast."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, "RESAMPLES", 500)
+        patch.setattr(comparison, "RESAMPLES", 500)
         yield
 
 
@@ -121,7 +127,7 @@ def all_resamples(models: list[int]):
 def test_resamples_have_the_law_of_warm_starts_then_seeds(models):
     """The distribution of their means and medians, against all that there are (Kolmogorov's distance, level 1e-4)."""
     values = [0.3, -1.1, 2.7, 5.9, -0.2]
-    drawn = [[values[row] for row in rows] for rows in compare._resamples(tuple(models), 4000)]
+    drawn = [[values[row] for row in rows] for rows in nested_rows(tuple(models), 4000)]
     for statistic in (statistics.fmean, statistics.median):
         chances: dict[float, float] = {}
         for chance, rows in all_resamples(models):
@@ -140,7 +146,7 @@ def test_paired_by_hand(values, starts):
     """Quantiles of the resamples' means, wins and losses, and the sign test by counting outcomes of a coin."""
     models = [i % starts for i in range(len(values))]
     found = paired(np.array(values), models)
-    means = sorted(sum(values[i] for i in rows) / len(rows) for rows in compare._resamples(tuple(models), 500))
+    means = sorted(sum(values[i] for i in rows) / len(rows) for rows in nested_rows(tuple(models), 500))
     for key, level in (("low", 0.025), ("high", 0.975)):
         place = level * (len(means) - 1)
         below = int(place)
@@ -205,13 +211,15 @@ def test_five_seeds_are_never_evidence_and_eight_of_eight_always(five, eight, wo
 @pytest.mark.parametrize(
     ("spread", "most"), [(0.0, 0.02), (1.0, 0.05), (100.0, 0.19)], ids=["none", "as-seeds", "warm-starts-alone"]
 )
-def test_under_the_null_evidence_is_rare(spread, most, monkeypatch):
+def test_under_the_null_evidence_is_rare(spread, most):
     """4 warm starts x 2 seeds: in at most 5 % of comparisons while warm starts differ no more than seeds; where they
     alone differ, in 1/8, when all four fall on one side. The interval alone would err at least twice as often."""
-    monkeypatch.setattr(compare, "RESAMPLES", 200)
     rng = np.random.default_rng(0)
     models = [0, 1, 2, 3] * 2
-    found = [paired(spread * rng.normal(size=4)[models] + rng.normal(size=8), models) for _ in range(400)]
+    found = [
+        paired_difference(spread * rng.normal(size=4)[models] + rng.normal(size=8), models, resamples=200)
+        for _ in range(400)
+    ]
     evidence = np.mean([x["evidence"] for x in found])
     alone = np.mean([x["low"] > 0 or x["high"] < 0 for x in found])
     assert evidence <= most
@@ -231,8 +239,8 @@ def test_a_real_difference_is_found():
 def test_medians_may_be_never(ratios):
     """Quantiles of the resamples' medians; JSON has no infinity, so that never is null."""
     models = [i % 2 for i in range(len(ratios))]
-    found = compare._median(ratios, models)
-    medians = sorted(statistics.median(ratios[i] for i in rows) for rows in compare._resamples(tuple(models), 500))
+    found = comparison._median(ratios, models)
+    medians = sorted(statistics.median(ratios[i] for i in rows) for rows in nested_rows(tuple(models), 500))
     by_hand = {
         "median": statistics.median(ratios),
         "low": medians[round(0.025 * 499)],
@@ -282,13 +290,16 @@ def write_run(folder: Path, *, exact: bool, rng: np.random.Generator) -> dict:
             }
         )
     metrics = [
-        {"rollouts": 10, "mixed_share": 0.5, "bin_share": [0, 0], "bin_error": [None] * 2, "bin_rollouts": [None] * 2},
         {
-            **{"rollouts": 20, "mixed_share": 0.25, "bin_share": [0.5, 0.25], "bin_error": [0.2, 0.5]},
+            **{"step": 1, "rollouts": 10, "mixed_share": 0.5, "bin_share": [0, 0], "bin_error": [None] * 2},
+            **{"bin_rollouts": [None] * 2},
+        },
+        {
+            **{"step": 2, "rollouts": 20, "mixed_share": 0.25, "bin_share": [0.5, 0.25], "bin_error": [0.2, 0.5]},
             **{"bin_rollouts": [4.0, 8.0], "lead_lag": -0.5},
         },
         {
-            **{"rollouts": 30, "mixed_share": 0.75, "bin_share": [0.0, 1.0], "bin_error": [None, 0.9]},
+            **{"step": 3, "rollouts": 30, "mixed_share": 0.75, "bin_share": [0.0, 1.0], "bin_error": [None, 0.9]},
             **{"bin_rollouts": [None, 2.0], "lead_lag": -0.25},
         },
     ]
@@ -302,7 +313,7 @@ def write_run(folder: Path, *, exact: bool, rng: np.random.Generator) -> dict:
 def test_numbers_of_a_run_by_hand(tmp_path, exact):
     """In percent of the problems, also where success is known from samples only."""
     tests = write_run(tmp_path / "run", exact=exact, rng=np.random.default_rng(0))
-    found = outcomes(tmp_path / "run")
+    found = outcomes(RunDirectory(tmp_path / "run"))
     values, scale = found["values"], 100 if exact else 25
     for when, prefix in (("start", "start "), ("best", "best "), ("last", ""), ("last", "easy ")):
         assert values[f"{prefix}mean@4"] == pytest.approx(scale * tests[when].mean())
@@ -350,7 +361,7 @@ def test_a_line_that_a_kill_cut_off_is_no_result(tmp_path):
     assert not compare._is_complete(tmp_path, config)
     (tmp_path / "config.json").write_text(config.to_json())
     assert not compare._is_complete(tmp_path, config)
-    line = json.dumps({"split": "test", "checkpoint": "best"})
+    line = json.dumps({"step": 3, "split": "test", "checkpoint": "best"})
     (tmp_path / "evaluations.jsonl").write_text(f'{{"split": "validation", "step": 0}}\n{line[:-5]}')
     assert not compare._is_complete(tmp_path, config)
     (tmp_path / "evaluations.jsonl").write_text(f'{{"split": "validation", "step": 0}}\n{line}\n')

@@ -167,7 +167,7 @@ def test_without_a_run_the_settings_suit_the_data(monkeypatch, tmp_path, two_set
         found.append(config)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gdro_llm.eval_command.load_policy", stop_here)
+    monkeypatch.setattr("gdro_llm.measuring.eval.load_policy", stop_here)
     monkeypatch.chdir(tmp_path)
     for data, flags in (
         ("cells", []),
