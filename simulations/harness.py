@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import gdro_core
 import simulations
-from gdro_llm.measuring import intervals
+from gdro_llm import intervals
 from gdro_llm.measuring.style import BASE, COLOURS, image
 from simulations import experiments
 

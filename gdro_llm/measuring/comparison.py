@@ -19,8 +19,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from gdro_llm.intervals import median_interval, paired_difference
 from gdro_llm.measuring import tables
-from gdro_llm.measuring.intervals import median_interval, paired_difference
 from gdro_llm.measuring.run_directory import RunDirectory
 from gdro_llm.measuring.style import COLOURS, MARKERS, RUNS, image
 from gdro_llm.training.checkpoint import write_file

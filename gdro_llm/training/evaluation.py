@@ -27,7 +27,7 @@ from gdro_llm.engine.policy import Policy, success_probability
 from gdro_llm.engine.rollouts import Decoding
 from gdro_llm.engine.sampler import Sampler
 from gdro_llm.engine.workers import ALONE, Workers, whole_weights
-from gdro_llm.measuring.intervals import bca_intervals
+from gdro_llm.intervals import bca_intervals
 from gdro_llm.problems.problem import Problem
 from gdro_llm.problems.prompting import prompt_tokens
 from gdro_llm.problems.rewards import Grader

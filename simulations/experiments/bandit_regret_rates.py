@@ -26,7 +26,7 @@ from gdro_core import (
     hedge_bound,
     tsallis_inf_bound,
 )
-from gdro_llm.measuring.intervals import percentile_interval, slope, slope_interval
+from gdro_llm.intervals import percentile_interval, slope, slope_interval
 from simulations.harness import Row, Verdict, table
 
 CLAIM = "Regret grows like √T on adversarial losses and stays under its bounds; Tsallis-INF has ln T on stochastic ones"

@@ -16,7 +16,7 @@ from scipy.special import expit, logit
 from scipy.stats import spearmanr
 
 from gdro_core import prompt_payoff
-from gdro_llm.measuring.intervals import mean_interval
+from gdro_llm.intervals import mean_interval
 from simulations.harness import Row, Verdict
 
 CLAIM = "The published payoff does not rank prompts by difficulty, at ratio 1 or after drift; the error payoff does"

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from gdro_core import GDROController, Hedge, Observation, delayed_hedge_bound, limited_advice_bound
-from gdro_llm.measuring.intervals import slope_interval
+from gdro_llm.intervals import slope_interval
 from simulations.harness import Row, Verdict, table
 
 CLAIM = "Delays cost regret like √(T + 2D) and missing losses like √(T/o), within the bounds; merging changes nothing"

@@ -19,7 +19,7 @@ from gdro_core import (
     gdro_full_information_bound,
     gdro_one_sample_bound,
 )
-from gdro_llm.measuring.intervals import slope_interval
+from gdro_llm.intervals import slope_interval
 from simulations.harness import Row, Verdict, table
 
 CLAIM = "The duality gap of averaged play falls like 1/√T and stays under its bounds, with all groups sampled or one"

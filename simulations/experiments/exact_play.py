@@ -22,7 +22,7 @@ from gdro_core import (
     path_regret_bound,
     sample_budget_allocation,
 )
-from gdro_llm.measuring.intervals import mean_interval, slope, slope_interval
+from gdro_llm.intervals import mean_interval, slope, slope_interval
 from simulations.harness import Row, Verdict, table
 
 CLAIM = (

@@ -18,7 +18,7 @@ from gdro_core import (
     gradient_weight,
     sqrt_allocation,
 )
-from gdro_llm.measuring.intervals import mean_interval
+from gdro_llm.intervals import mean_interval
 from simulations.harness import Row, Verdict
 
 CLAIM = "Fed with flat arm losses, the rollout bandit gets no nearer to the square-root law than a random allocation"

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from scipy import integrate, special
 
 from gdro_core import Hedge, deviation_bound, median_of_means, truncated_mean
-from gdro_llm.measuring.intervals import slope_interval
+from gdro_llm.intervals import slope_interval
 from simulations.harness import Row, Verdict, table
 
 CLAIM = "With infinite variance robust bin means keep regret at √T and their deviation bounds; the plain mean does not"

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from gdro_core import RolloutGDRO, decoupling_price, sqrt_allocation
-from gdro_llm.measuring.intervals import mean_interval
+from gdro_llm.intervals import mean_interval
 from simulations.harness import Row, Verdict
 
 CLAIM = "n ∝ ω√v has the least variance of the weighted gradient, and n ∝ √v pays exactly 1 + CV²(ω) times as much"

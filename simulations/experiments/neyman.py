@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from gdro_core import ClipOGD, PlugInNeyman, neyman_regret
-from gdro_llm.measuring.intervals import slope_interval
+from gdro_llm.intervals import slope_interval
 from gdro_llm.measuring.tables import with_interval
 from simulations.harness import Row, Verdict, table
 

@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from gdro_core import GDROController
-from gdro_llm.measuring.intervals import slope
+from gdro_llm.intervals import slope
 from simulations.harness import Row, Verdict
 
 CLAIM = "Memory is linear, below 40 bytes a prompt with integer ids, and a step costs the same however many are known"

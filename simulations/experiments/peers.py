@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from gdro_llm.measuring.intervals import ENDS, mean_interval, resampled_rows
+from gdro_llm.intervals import ENDS, mean_interval, resampled_rows
 from gdro_llm.measuring.tables import markdown, with_interval
 from simulations.harness import Row, Verdict
 from simulations.peers import PEERS

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from gdro_core import GDROController, OnlineDifficultyClassifier, RolloutGDRO, gradient_weight
-from gdro_llm.measuring.intervals import mean_interval
+from gdro_llm.intervals import mean_interval
 from simulations.harness import Row, Verdict
 
 CLAIM = "n rollouts pull a prompt by w_n(p): from n = 2 to 12 up to threefold; preserve_objective takes that out again"

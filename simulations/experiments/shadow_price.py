@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from scipy.optimize import brentq
 
 from gdro_core import PublishedRolloutGDRO, ShadowPrice, violation_bound
-from gdro_llm.measuring.intervals import mean_interval, slope
+from gdro_llm.intervals import mean_interval, slope
 from simulations.harness import Row, Verdict
 
 CLAIM = "With alpha ∝ 1/√T the mean violation falls like 1/√T under its bound; an exact budget never moves the price"

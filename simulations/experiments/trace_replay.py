@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from scipy.special import comb
 
 from gdro_core import HIT, MIXED, VARIANCE, OnlineDifficultyClassifier, RolloutGDRO, Utility
-from gdro_llm.measuring.intervals import mean_interval
+from gdro_llm.intervals import mean_interval
 from simulations.harness import Row, Verdict
 
 CLAIM = (

@@ -23,7 +23,7 @@ from gdro_core import (
     best_in_hindsight,
     hedge_bound,
 )
-from gdro_llm.measuring.intervals import mean_interval, slope_interval
+from gdro_llm.intervals import mean_interval, slope_interval
 from simulations.harness import Row, Verdict, table
 
 CLAIM = "The published EMA adversary has linear regret against a fixed bin and follows a moving one better than Hedge"

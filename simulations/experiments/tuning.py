@@ -25,7 +25,7 @@ from gdro_core import (
     PromptGDRO,
     RolloutGDRO,
 )
-from gdro_llm.measuring.intervals import mean_interval
+from gdro_llm.intervals import mean_interval
 from simulations.harness import Row, Verdict
 from simulations.population import SkillPopulation, train
 

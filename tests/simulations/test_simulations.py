@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from gdro_llm.measuring.intervals import mean_interval, slope
+from gdro_llm.intervals import mean_interval, slope
 from simulations import harness
 from simulations.__main__ import main
 
@@ -134,7 +134,7 @@ def test_an_experiment_needs_no_torch():
     code = "import sys, simulations.harness as h; [h.load(name) for name in h.names()]; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     modules = set(done.stdout.split())
-    assert "gdro_llm.measuring.intervals" in modules
+    assert "gdro_llm.intervals" in modules
     assert modules & {"torch", "transformers", "gdro_llm.training", "gdro_llm.engine"} == set()
 
 

@@ -25,10 +25,10 @@ from hypothesis import strategies as st
 
 from gdro_llm.cli import main
 from gdro_llm.config import CONTROLLERS, Config, UsageError
+from gdro_llm.intervals import nested_rows, paired_difference
 from gdro_llm.measuring import compare, comparison
 from gdro_llm.measuring.compare import METHODS, Method
 from gdro_llm.measuring.comparison import analyse, outcomes, rollouts_to
-from gdro_llm.measuring.intervals import nested_rows, paired_difference
 from gdro_llm.measuring.run_directory import RunDirectory
 
 paired = partial(paired_difference, resamples=500)

@@ -12,7 +12,7 @@ from scipy.special import beta
 
 from gdro_llm.config import Config
 from gdro_llm.engine.policy import load_policy, success_probability
-from gdro_llm.measuring.intervals import bca_intervals
+from gdro_llm.intervals import bca_intervals
 from gdro_llm.problems import rewards as grading
 from gdro_llm.problems.cells import cell_problems
 from gdro_llm.problems.load import load_problems

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from gdro_llm.measuring.intervals import (
+from gdro_llm.intervals import (
     bca_intervals,
     mean_interval,
     median_interval,
