@@ -24,13 +24,13 @@ import signal
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from textwrap import fill
 from threading import Thread
 from types import FrameType
-from typing import Any, get_type_hints
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -39,7 +39,7 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 from tqdm import tqdm
 
-from gdro_llm.config import CONTROLLERS, RESUMABLE, Config, UsageError
+from gdro_llm.config import CONTROLLERS, SHARED, TYPES, Config, UsageError
 from gdro_llm.measuring.report import COLOURS, MARKERS, STYLE
 from gdro_llm.problems.load import CELL_SETS
 from gdro_llm.training.checkpoint import write_file
@@ -57,8 +57,6 @@ METHODS: dict[str, dict[str, Any]] = {
     **{name: {"controller": name} for name in CONTROLLERS},
     "published-rollout": {"controller": "published-rollout", "aggregation": "prompt"},  # Eq. 7
 }
-_SHARED = [field for field in fields(Config) if field.name.startswith("eval_") or field.metadata.get("group") == "data"]
-SHARED = {"seed", "model", "max_new_tokens", "stop", *(field.name for field in _SHARED)} - {"reward_noise"}
 TENTHS = 10  # groups of test problems, by success before training
 RESAMPLES = 10_000
 LEVEL = 0.05
@@ -81,15 +79,15 @@ class Method:
         name, *changes = text.split("+")
         if name not in METHODS:
             raise UsageError(f"no method {name!r}: choose among {', '.join(METHODS)}")
-        settings, types = dict(METHODS[name]), get_type_hints(Config)
+        settings = dict(METHODS[name])
         for change in changes:
             key, equals, value = change.partition("=")
-            if key not in types or key == "preset" or not equals:
+            if key not in TYPES or key == "preset" or not equals:
                 raise UsageError(f"method {text!r}: {change!r} must be SETTING=VALUE; `gdro train --help` lists them")
             if key in SHARED:
                 raise UsageError(f"method {text!r}: {key} must be the same for all methods")
             try:
-                settings[key] = {"true": True, "false": False}[value] if types[key] is bool else types[key](value)
+                settings[key] = {"true": True, "false": False}[value] if TYPES[key] is bool else TYPES[key](value)
             except (KeyError, ValueError) as error:
                 raise UsageError(f"method {text!r}: {value!r} does not fit {key}") from error
         return cls(text, settings)
@@ -230,9 +228,7 @@ def _is_complete(out: Path, config: Config) -> bool:
     """Whether a run has its result; one of another configuration is an error."""
     if not (out / "config.json").is_file():
         return False
-    before, now = json.loads((out / "config.json").read_text(encoding="utf-8")), asdict(config)
-    changed = [key for key in now if before.get(key) != now[key] and key not in RESUMABLE]
-    if changed:
+    if changed := config.conflicts(json.loads((out / "config.json").read_text(encoding="utf-8"))):
         raise UsageError(f"{out} was run with another {', '.join(changed)}; choose another --out")
     return any(row.get("checkpoint") == "best" for row in _rows(out / "evaluations.jsonl"))
 

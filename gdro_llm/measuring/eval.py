@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gdro_llm.config import EVALUATION_KEYS, Config, UsageError, load_preset, printable
+from gdro_llm.config import EVALUATION_KEYS, OPTIONS, Config, UsageError, load_preset, printable
 from gdro_llm.engine.policy import load_policy
 from gdro_llm.engine.sampler import make_sampler
 from gdro_llm.measuring.report import STYLE
@@ -94,7 +94,7 @@ def _settings(model: str, names: Sequence[str], overrides: dict[str, Any]) -> tu
     run = Path(model) / "config.json"
     found = _read_object(run) if run.is_file() else {}
     if {"controller", "mean_rollouts"} <= found.keys():
-        if unknown := found.keys() - {spec.name for spec in fields(Config)}:
+        if unknown := found.keys() - OPTIONS.keys():
             raise UsageError(f"{run} has the unknown key {min(unknown)!r}: a run of another version of gdro")
         trained = Config(**found)
         checkpoint = find_checkpoint(Path(model), trained, resume=True, fresh=False)
