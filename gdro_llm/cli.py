@@ -57,12 +57,7 @@ FOLDER = click.Path(path_type=Path)
 
 
 class Setting(click.Option):
-    """A field of `Config` as a flag, which reaches the command only where it is given.
-
-    Args:
-        name: of the field.
-        short: whether `--eval-x` is also `--x`.
-    """
+    """A field of `Config` as a flag, which reaches the command only if given. `short`: `--eval-x` is also `--x`."""
 
     def __init__(self, name: str, *, short: bool = False) -> None:
         kind, choices = TYPES[name], OPTIONS[name]["choices"]
@@ -78,7 +73,7 @@ class Setting(click.Option):
         )
 
     def get_help_extra(self, ctx: click.Context) -> click.types.OptionHelpExtra:
-        """The default: the preset's where the help text is for one, none where `Command` notes no defaults."""
+        """The default: from the preset in `ctx.obj`, or of `Config`; none where `ctx.obj` is None (`gdro eval`)."""
         value = "" if ctx.obj is None else ctx.obj.get(self.name, getattr(Config, self.name))
         text = ("off", "on")[value] if isinstance(value, bool) else printable(str(value))
         return {"default": text} if text else {}
@@ -93,7 +88,7 @@ class Command(click.Command):
     """Prints its description as it stands, and settings in their groups, with the defaults of PRESET if it has one."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Where help on a preset is asked for, `ctx.obj` are the values of the preset; {} are those of `Config`."""
+        """Put the defaults that the help shows into `ctx.obj`: the values of PRESET if given, else {} for `Config`'s."""
         if not ctx.resilient_parsing and any(param.name == "preset" for param in self.params):
             words = [arg for arg in args if arg not in ctx.help_option_names]
             known = self.make_context(ctx.info_name, words, ctx.parent, resilient_parsing=True).params

@@ -596,8 +596,8 @@ def write_report(runs: list[Path], out: Path) -> Path:
     """Write `report.html`, one self-contained file, and its figures into `out`; return the path of the page.
 
     `runs` are run directories, the first the baseline. Whatever but metrics.jsonl may be absent: the report shows what
-    is there. Raises ValueError, naming the file and the remedy, where a run is missing, empty or malformed, or the
-    report cannot be written.
+    is there. Raises ValueError, naming the file and the remedy, where a run is missing, empty or malformed, and
+    UsageError where the report cannot be written.
     """
     loaded = _load(runs)
     files: dict[str, bytes] = {}
