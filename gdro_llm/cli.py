@@ -88,7 +88,7 @@ class Command(click.Command):
     """Prints its description as it stands, and settings in their groups, with the defaults of PRESET if it has one."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Put the defaults that the help shows into `ctx.obj`: the values of PRESET if given, else {} for `Config`'s."""
+        """Put the defaults that the help shows into `ctx.obj`: the values of PRESET, else {} for `Config`'s."""
         if not ctx.resilient_parsing and any(param.name == "preset" for param in self.params):
             words = [arg for arg in args if arg not in ctx.help_option_names]
             known = self.make_context(ctx.info_name, words, ctx.parent, resilient_parsing=True).params
