@@ -1,17 +1,25 @@
 """One flat, typed configuration: defaults here, a TOML preset over them, the command line over that.
 
-Unknown keys and values of the wrong type are errors. `config.json` in a run directory holds the result.
+An option is declared once, at its field of `Config`: type, default, bounds, choices, help, and whether a run may be
+resumed with another value, whether it is part of an evaluation, whether all methods of a comparison share it. Pydantic
+checks types and bounds where they are declared, for keyword arguments, `dataclasses.replace` and old config.json files
+alike; a mistake becomes a `UsageError` of one line. Rules between options are plain Python in `Config.__post_init__`.
+`config.json` in a run directory holds the result.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
 import tomllib
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import asdict, field, fields
+from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Self, get_type_hints
+
+from pydantic import ConfigDict, ModelWrapValidatorHandler, TypeAdapter, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
 
 PRESETS = Path(__file__).parent / "presets"
 CONTROLLERS = (
@@ -26,48 +34,15 @@ CONTROLLERS = (
     "implicit-rollout",
     "mopps",
 )
+LOSSES = ("dapo", "dr_grpo", "grpo", "gspo", "cispo")
+DIALS = {"entropic": "adversary_step", "cvar": "cvar_alpha", "chi-square": "chi_square_rho"}  # of the adversaries
 
 
-EVALUATION_KEYS = (  # what decides an evaluation of a given model on given data
-    "seed",
-    "model",
-    "dtype",
-    "trust_remote_code",
-    "device",
-    "threads",
-    "prompt_style",
-    "thinking",
-    "template",
-    "grader",
-    "grade_seconds",
-    "grade_workers",
-    "test_problems",
-    "engine",
-    "vllm_memory",
-    "max_new_tokens",
-    "eval_samples",
-    "eval_temperature",
-    "eval_top_p",
-    "eval_top_k",
-    "stop",
-    "sample_rows",
-)
+class UsageError(Exception):
+    """The user asked for something that cannot be: shown as one line, without a traceback, exit code 2.
 
-
-RESUMABLE = (  # what a run may be resumed with otherwise than it was started: memory, speed and logs
-    "gradient_checkpointing",
-    "device",
-    "threads",
-    "grade_workers",
-    "vllm_memory",
-    "sample_rows",
-    "update_tokens",
-    "log_to",
-)
-
-
-class UsageError(ValueError):
-    """The user asked for something that cannot be: shown as one line, without a traceback, exit code 2."""
+    No ValueError, because pydantic and `except ValueError` around other code would catch it.
+    """
 
 
 def printable(text: str) -> str:
@@ -75,147 +50,187 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def option(default: Any, group: str, text: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A field of `Config` with its help text."""
-    return field(default=default, metadata={"group": group, "help": text, "choices": choices})
+def option(
+    group: str,
+    default: Any,
+    text: str,
+    choices: tuple[str, ...] = (),
+    *,
+    resumable: bool = False,
+    evaluation: bool = False,
+    shared: bool = False,
+    **bounds: float,
+) -> Any:
+    """A field of `Config`.
+
+    Args:
+        group: heading in the help.
+        default: value where neither preset nor command line gives one.
+        text: help.
+        choices: allowed texts; all where empty.
+        resumable: a run may be resumed with another value: memory, speed and logs.
+        evaluation: part of what decides an evaluation of a given model on given data.
+        shared: the same for all methods of a comparison.
+        bounds: `ge`, `gt`, `le`, `lt`, which pydantic reads from the metadata.
+    """
+    roles = {"resumable": resumable, "evaluation": evaluation, "shared": shared}
+    return field(default=default, metadata={"group": group, "help": text, "choices": choices, **roles, **bounds})
 
 
-@dataclass(frozen=True)
+_run, _model, _controller = (partial(option, group) for group in ("run", "model", "controller"))
+_data, _sampling, _update = partial(option, "data", shared=True), partial(option, "sampling"), partial(option, "update")
+# and of these groups, what is part of an evaluation:
+_loading = partial(_model, evaluation=True)
+_grading = partial(_data, evaluation=True)
+_decoding = partial(_sampling, evaluation=True, shared=True)
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
 class Config:
-    """Everything that decides a run. One seed decides all randomness."""
+    """Everything that decides a run. One seed decides all randomness.
 
-    preset: str = option("", "run", "name of the preset this configuration started from")
-    seed: int = option(0, "run", "decides prompt order, samples and ties")
-    steps: int = option(80, "run", "training steps (one batch each)")
-    eval_every: int = option(
-        20, "run", "steps between evaluations on the test problems; also before and after training"
-    )
-    save_every: int = option(20, "run", "steps between checkpoints; the last two are kept")
+    Raises:
+        UsageError: an unknown key, or a value of the wrong type, out of bounds or against a rule between options.
+    """
 
-    model: str = option("embedded", "model", '"embedded" (tiny Qwen3 in this package), a model folder, or a hub name')
-    trainable_layers: int = option(0, "model", "train only the last so many blocks (and the final norm); 0 trains all")
-    dtype: str = option("float32", "model", "number format of compute; weights are float32", ("float32", "bfloat16"))
-    lora_rank: int = option(0, "model", "train low-rank adapters of this rank (peft) only; 0 trains the weights")
-    lora_alpha: float = option(32.0, "model", "scale of the adapters: alpha / rank")
-    gradient_checkpointing: bool = option(False, "model", "recompute activations in the backward pass: less memory")
-    trust_remote_code: bool = option(False, "model", "run code that a model repository ships")
-    device: str = option("auto", "model", '"auto" takes a GPU if there is one', ("auto", "cpu", "cuda"))
-    threads: int = option(0, "model", "CPU threads of torch; 0 takes its default, 1 is fastest for tiny models")
+    preset: str = _run("", "name of the preset this configuration started from")
+    seed: int = _run(0, "decides prompt order, samples and ties", ge=0, lt=2**32, evaluation=True, shared=True)
+    steps: int = _run(80, "training steps (one batch each)", ge=1)
+    eval_every: int = _run(
+        20, "steps between evaluations on the test problems; also before and after training", ge=1, shared=True
+    )
+    save_every: int = _run(20, "steps between checkpoints; the last two are kept", ge=1)
 
-    data: str = option(
-        "cells", "data", '"cells", "cells-shared|-light|-heavy", "ladder" (arithmetic); name of a set, .jsonl, .parquet'
+    model: str = _loading(
+        "embedded", '"embedded" (tiny Qwen3 in this package), a model folder, or a hub name', shared=True
     )
-    test_data: str = option("", "data", "held-out sets, names or files, separated by commas (not for embedded data)")
-    prompt_style: str = option(
-        "plain", "data", "the template as it stands, or as the user's turn of a chat", ("plain", "chat")
+    trainable_layers: int = _model(0, "train only this many last blocks (and the final norm); 0 trains all", ge=0)
+    dtype: str = _loading("float32", "number format of compute; weights are float32", ("float32", "bfloat16"))
+    lora_rank: int = _model(0, "train low-rank adapters of this rank (peft) only; 0 trains the weights", ge=0)
+    lora_alpha: float = _model(32.0, "scale of the adapters: alpha / rank", gt=0)
+    gradient_checkpointing: bool = _model(
+        False, "recompute activations in the backward pass: less memory", resumable=True
     )
-    thinking: bool = option(False, "data", "let the chat template open a thinking block (Qwen3's enable_thinking)")
-    template: str = option("{problem}", "data", "prompt of a problem; {problem} is replaced")
-    max_prompt_tokens: int = option(1024, "data", "training problems with longer prompts are left out, and counted")
-    grader: str = option("exact", "data", "how a completion is graded", ("exact", "number", "math"))
-    grade_seconds: float = option(5.0, "data", "a completion that takes longer to grade counts as wrong")
-    grade_workers: int = option(0, "data", "processes of the math grader; 0: one a core")
-    train_problems: int = option(0, "data", "train on at most so many problems, the same ones always; 0: on all")
-    test_problems: int = option(1000, "data", "evaluate on at most so many test problems, the same ones always")
-    validation_problems: int = option(
+    trust_remote_code: bool = _loading(False, "run code that a model repository ships")
+    device: str = _loading("auto", '"auto" takes a GPU if there is one', ("auto", "cpu", "cuda"), resumable=True)
+    threads: int = _loading(
+        0, "CPU threads of torch; 0 takes its default, 1 is fastest for tiny models", ge=0, resumable=True
+    )
+
+    data: str = _data(
+        "cells", '"cells", "cells-shared|-light|-heavy", "ladder" (arithmetic); name of a set, .jsonl, .parquet'
+    )
+    test_data: str = _data("", "held-out sets, names or files, separated by commas (not for embedded data)")
+    prompt_style: str = _grading(
+        "plain", "the template as it stands, or as the user's turn of a chat", ("plain", "chat")
+    )
+    thinking: bool = _grading(False, "let the chat template open a thinking block (Qwen3's enable_thinking)")
+    template: str = _grading("{problem}", "prompt of a problem; {problem} is replaced")
+    max_prompt_tokens: int = _data(1024, "training problems with longer prompts are left out, and counted", ge=1)
+    grader: str = _grading("exact", "how a completion is graded", ("exact", "number", "math"))
+    grade_seconds: float = _grading(5.0, "a completion that takes longer to grade counts as wrong", gt=0)
+    grade_workers: int = _grading(0, "processes of the math grader; 0: one per core", ge=0, resumable=True)
+    train_problems: int = _data(0, "train on at most this many problems, always the same ones; 0: all", ge=0)
+    test_problems: int = _grading(1000, "evaluate on at most this many test problems, always the same ones", ge=1)
+    validation_problems: int = _data(
         0,
-        "data",
-        "while training evaluate on so many other held-out problems; the test problems are then left alone until the "
-        "end: results of the last weights and of those best in validation pass@k. 0: evaluate on the test problems",
+        "evaluate on this many other held-out problems during training; the test problems are then left alone until "
+        "the end: results of the last weights and of those best in validation pass@k. 0: evaluate on the test problems",
+        ge=0,
     )
-    reward_noise: float = option(
-        0.0, "data", "share of the training grades that are turned round, as by a bad verifier"
-    )
-
-    controller: str = option("recommended", "controller", "who decides weights and rollouts", CONTROLLERS)
-    batch_size: int = option(128, "controller", "prompts a step")
-    mean_rollouts: int = option(4, "controller", "mean rollouts a prompt, n̄: the budget, met exactly in every step")
-    min_rollouts: int = option(2, "controller", "fewest rollouts a prompt can get")
-    max_rollouts: int = option(12, "controller", "most rollouts a prompt can get")
-    num_bins: int = option(10, "controller", "difficulty bins, equal in pass rate")
-    adversary: str = option("entropic", "controller", "of recommended weights", ("entropic", "cvar", "chi-square"))
-    adversary_step: float = option(2.0, "controller", "how far the entropic adversary goes (eta)")
-    utility: str = option("variance", "controller", "of recommended rollouts", ("variance", "mixed", "hit"))
-
-    engine: str = option("hf", "sampling", "transformers, or vLLM in this process", ("hf", "vllm"))
-    vllm_memory: float = option(0.5, "sampling", "share of GPU memory that vLLM takes while it samples")
-    max_new_tokens: int = option(14, "sampling", "longest completion, in tokens")
-    temperature: float = option(1.0, "sampling", "of training samples (always from the whole distribution)")
-    eval_temperature: float = option(1.0, "sampling", "of evaluation samples")
-    eval_top_p: float = option(1.0, "sampling", "nucleus of evaluation samples; 1 is the whole distribution")
-    eval_top_k: int = option(0, "sampling", "evaluate from the k likeliest tokens; 0 is all")
-    max_sampler_gap: float = option(
-        0.1, "sampling", "stop when |log-probability of sampler - of trainer| exceeds this on average"
-    )
-    stop: str = option("", "sampling", "a token whose text holds this ends a completion, besides the model's own end")
-    sample_rows: int = option(1024, "sampling", "sequences sampled side by side; lower it when memory is short")
-    eval_samples: int = option(8, "sampling", "samples a test problem: mean@k and pass@k with this k")
-    eval_exact: bool = option(
-        False, "sampling", "compute mean@k and pass@k from probabilities instead (embedded cells)"
+    reward_noise: float = _data(
+        0.0, "share of the training grades that are flipped, as by a bad verifier", shared=False, ge=0, le=0.5
     )
 
-    loss: str = option("dapo", "update", "surrogate and its mean", ("dapo", "dr_grpo", "grpo", "gspo", "cispo"))
-    optimizer: str = option("adamw", "update", "adamw8bit: moments in 8 bits (torchao)", ("adamw", "adamw8bit"))
-    learning_rate: float = option(3e-4, "update", "peak, after a linear warm-up")
-    warmup_steps: int = option(5, "update", "steps of linear warm-up")
-    adam_beta2: float = option(0.99, "update", "AdamW's second moment; beta1 is 0.9")
-    weight_decay: float = option(0.0, "update", "AdamW's decay")
-    grad_clip: float = option(1.0, "update", "largest gradient norm")
-    minibatches: int = option(1, "update", "updates a pass over the batch; above 1 the clipped ratio matters")
-    passes: int = option(1, "update", "passes over each batch")
-    clip_low: float = option(0.2, "update", "probability ratio is clipped below 1 - this")
-    clip_high: float = option(0.28, "update", "probability ratio is clipped above 1 + this")
-    importance_cap: float = option(
-        0.0, "update", "correct sampler/trainer mismatch by importance weights up to this; 0: ratios to the sampler's"
-    )
-    kl_coef: float = option(0.0, "update", "of the KL (k3) to the starting policy")
-    overlong: str = option(
-        "keep",
-        "update",
-        "truncated completions: as others, left out of the loss, or punished",
-        ("keep", "mask", "punish"),
-    )
-    refill: bool = option(False, "update", "train on mixed groups only, gathered until a batch is full (DAPO)")
-    overlong_buffer: int = option(0, "update", "last tokens over which the punishment grows from 0 to -1 (DAPO)")
-    preserve_objective: bool = option(False, "update", "rollouts change the update's variance only, not its mean (F6)")
-    scale_rewards: bool = option(True, "update", "divide advantages by the group's standard deviation")
-    aggregation: str = option(
-        "rollout",
-        "update",
-        "a prompt's factor in the loss: its weight times its rollouts, or its weight",
-        ("rollout", "prompt"),
-    )
-    update_tokens: int = option(8192, "update", "padded tokens in one backward pass; lower it when memory is short")
+    controller: str = _controller("recommended", "who decides weights and rollouts", CONTROLLERS)
+    batch_size: int = _controller(128, "prompts per step", ge=1)
+    # at least 2: one rollout has no advantage over itself
+    mean_rollouts: int = _controller(4, "mean rollouts per prompt, n̄: the budget, met exactly in every step", ge=2)
+    min_rollouts: int = _controller(2, "fewest rollouts that a prompt can get", ge=1)
+    max_rollouts: int = _controller(12, "most rollouts that a prompt can get")
+    num_bins: int = _controller(10, "difficulty bins, equal in pass rate", ge=1)
+    adversary: str = _controller("entropic", "of the recommended weights", tuple(DIALS))
+    adversary_step: float = _controller(2.0, "how far the entropic adversary goes (eta)", ge=0.0)
+    cvar_alpha: float = _controller(0.5, "share of the prompts in the tail of the cvar adversary", gt=0, le=1)
+    chi_square_rho: float = _controller(0.5, "radius of the chi-square adversary", ge=0.0)
+    utility: str = _controller("variance", "of the recommended rollouts", ("variance", "mixed", "hit"))
 
-    log_to: str = option("", "logging", "besides the files: tensorboard, wandb, or both with a comma")
+    engine: str = _sampling("hf", "transformers, or vLLM in this process", ("hf", "vllm"), evaluation=True)
+    vllm_memory: float = _sampling(
+        0.5, "share of GPU memory that vLLM takes while it samples", gt=0, le=1, resumable=True, evaluation=True
+    )
+    max_new_tokens: int = _decoding(14, "longest completion, in tokens", ge=1)
+    temperature: float = _sampling(1.0, "of training samples (always from the whole distribution)", gt=0)
+    eval_samples: int = _decoding(8, "samples per test problem: mean@k and pass@k with this k", ge=1)
+    eval_exact: bool = _sampling(
+        False, "compute mean@k and pass@k from probabilities instead (embedded cells)", shared=True
+    )
+    eval_temperature: float = _decoding(1.0, "of evaluation samples", gt=0)
+    eval_top_p: float = _decoding(1.0, "nucleus of evaluation samples; 1 is the whole distribution", gt=0, le=1)
+    eval_top_k: int = _decoding(0, "evaluate from the k most likely tokens; 0 is all", ge=0)
+    max_sampler_gap: float = _sampling(
+        0.1, "stop when |log-probability of sampler - of trainer| exceeds this on average", gt=0
+    )
+    stop: str = _decoding("", "a token whose text contains this ends a completion, as the model's own end does")
+    sample_rows: int = _sampling(
+        1024, "sequences sampled at once; lower it when memory is short", ge=1, resumable=True, evaluation=True
+    )
+
+    loss: str = _update("dapo", "surrogate and its mean", LOSSES)
+    optimizer: str = _update("adamw", "adamw8bit: moments in 8 bits (torchao)", ("adamw", "adamw8bit"))
+    learning_rate: float = _update(3e-4, "peak, after a linear warm-up", gt=0)
+    warmup_steps: int = _update(5, "steps of linear warm-up", ge=0)
+    adam_beta2: float = _update(0.99, "AdamW's second moment; beta1 is 0.9", ge=0.0, lt=1)
+    weight_decay: float = _update(0.0, "AdamW's decay", ge=0.0)
+    grad_clip: float = _update(1.0, "largest gradient norm", gt=0)
+    minibatches: int = _update(1, "updates per pass over the batch; above 1 the clipped ratio matters", ge=1)
+    passes: int = _update(1, "passes over each batch", ge=1)
+    clip_low: float = _update(0.2, "probability ratio is clipped below 1 - this", ge=0.0)
+    clip_high: float = _update(0.28, "probability ratio is clipped above 1 + this", ge=0.0)
+    importance_cap: float = _update(
+        0.0, "correct sampler/trainer mismatch by importance weights up to this; 0: ratios to the sampler's", ge=0.0
+    )
+    kl_coef: float = _update(0.0, "of the KL (k3) to the starting policy", ge=0.0)
+    overlong: str = _update(
+        "keep", "truncated completions: as others, left out of the loss, or punished", ("keep", "mask", "punish")
+    )
+    refill: bool = _update(False, "train on mixed groups only, gathered until a batch is full (DAPO)")
+    overlong_buffer: int = _update(0, "last tokens over which the punishment grows from 0 to -1 (DAPO)", ge=0)
+    preserve_objective: bool = _update(False, "rollouts change the update's variance only, not its mean (F6)")
+    scale_rewards: bool = _update(True, "divide advantages by the group's standard deviation")
+    aggregation: str = _update(
+        "rollout", "a prompt's factor in the loss: its weight times its rollouts, or its weight", ("rollout", "prompt")
+    )
+    update_tokens: int = _update(
+        8192, "padded tokens in one backward pass; lower it when memory is short", ge=1, resumable=True
+    )
+
+    log_to: str = option("logging", "", "besides the files: tensorboard, wandb, or both with a comma", resumable=True)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _one_line(cls, values: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return validate(values)
+        except ValidationError as error:
+            raise _mistake(error) from None
 
     def __post_init__(self) -> None:
-        for spec in fields(self):
-            value, choices = getattr(self, spec.name), spec.metadata["choices"]
+        for name, spec in OPTIONS.items():
+            value, choices = getattr(self, name), spec["choices"]
             if choices and value not in choices:
-                raise UsageError(f"{spec.name} must be one of {', '.join(choices)}, got {value!r}")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UsageError(f"{spec.name} must be a finite number, got {value!r}")
-        for name, low in _LOWEST.items():
-            if getattr(self, name) < low:
-                raise UsageError(f"{name} must be at least {low}, got {getattr(self, name)!r}")
-        for name in _POSITIVE:
-            if not getattr(self, name) > 0:
-                raise UsageError(f"{name} must be above 0, got {getattr(self, name)!r}")
-        if not 0 <= self.reward_noise <= 0.5:
-            raise UsageError(f"reward_noise must lie in [0, 0.5], got {self.reward_noise!r}")
+                raise UsageError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
         if self.refill and (self.controller.startswith("published") or self.kl_coef or self.overlong == "mask"):
             raise UsageError("refill needs kl_coef 0, overlong 'keep' or 'punish' and no published controller")
+        for adversary, dial in DIALS.items():
+            if adversary != self.adversary and self._is_set(dial):
+                raise UsageError(f"{dial} changes nothing with adversary {self.adversary!r}")
         family, _, game = self.controller.partition("-")
         steered = family in ("recommended", "null", "implicit")
-        if self.adversary_step != Config.adversary_step and self.adversary != "entropic":
-            raise UsageError(f"adversary_step changes nothing with adversary {self.adversary!r}")
-        for name, other in (("adversary", "rollout"), ("adversary_step", "rollout"), ("utility", "prompt")):
-            if (not steered or game == other) and getattr(self, name) != getattr(Config, name):
+        for name in ("adversary", *DIALS.values(), "utility"):
+            without = "prompt" if name == "utility" else "rollout"
+            if (not steered or game == without) and self._is_set(name):
                 raise UsageError(f"{name} changes nothing with controller {self.controller!r}")
-        for name in ("eval_top_p", "vllm_memory"):
-            if not 0 < getattr(self, name) <= 1:
-                raise UsageError(f"{name} must lie in (0, 1], got {getattr(self, name)!r}")
         if 0 < self.importance_cap < 1:
             raise UsageError(f"importance_cap must be 0 (off) or at least 1, got {self.importance_cap!r}")
         if self.loss == "cispo" and self.controller.startswith("published"):
@@ -240,10 +255,6 @@ class Config:
             )
         if unknown := set(filter(None, self.log_to.split(","))) - {"tensorboard", "wandb"}:
             raise UsageError(f"log_to must name tensorboard, wandb or both, got {min(unknown)!r}")
-        if self.seed >= 2**32:  # some generators take no more
-            raise UsageError(f"seed must be below 2**32, got {self.seed}")
-        if not self.adam_beta2 < 1:
-            raise UsageError(f"adam_beta2 must be below 1, got {self.adam_beta2!r}")
         if not self.min_rollouts <= self.mean_rollouts <= self.max_rollouts:
             raise UsageError(
                 "rollouts must satisfy min_rollouts <= mean_rollouts <= max_rollouts, "
@@ -258,58 +269,59 @@ class Config:
         if "{problem}" not in self.template:
             raise UsageError(f"template must contain {{problem}}, got {self.template!r}")
 
+    def _is_set(self, name: str) -> bool:
+        return bool(getattr(self, name) != getattr(Config, name))
+
     def to_json(self) -> str:
         """The resolved configuration, one key a line."""
         return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
 
+    def conflicts(self, before: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """What keeps a run with this configuration from going on with one that was started as `before`.
+
+        Args:
+            before: what the config.json of the earlier run holds; an absent key has its default.
+
+        Returns:
+            Earlier and present value of each key that differs and is not in `RESUMABLE`.
+        """
+        pairs = {key: (before.get(key, getattr(Config, key)), value) for key, value in asdict(self).items()}
+        return {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and key not in RESUMABLE}
+
+
+OPTIONS = {spec.name: spec.metadata for spec in fields(Config)}
+TYPES: dict[str, type] = {name: kind for name, kind in get_type_hints(Config).items() if name in OPTIONS}
+EVALUATION_KEYS = tuple(name for name, spec in OPTIONS.items() if spec["evaluation"])
+RESUMABLE = tuple(name for name, spec in OPTIONS.items() if spec["resumable"])
+SHARED = tuple(name for name, spec in OPTIONS.items() if spec["shared"])
 
 _PRESERVING = {"aggregation": "prompt", "scale_rewards": True, "overlong": "keep", "kl_coef": 0.0, "passes": 1}
-_POSITIVE = (
-    "learning_rate",
-    "temperature",
-    "eval_temperature",
-    "grad_clip",
-    "grade_seconds",
-    "lora_alpha",
-    "max_sampler_gap",
-)
-_LOWEST = {
-    "seed": 0,
-    "steps": 1,
-    "eval_every": 1,
-    "save_every": 1,
-    "trainable_layers": 0,
-    "threads": 0,
-    "train_problems": 0,
-    "test_problems": 1,
-    "batch_size": 1,
-    "mean_rollouts": 2,  # one has no advantage over itself
-    "min_rollouts": 1,
-    "num_bins": 1,
-    "max_new_tokens": 1,
-    "sample_rows": 1,
-    "eval_samples": 1,
-    "warmup_steps": 0,
-    "adam_beta2": 0.0,
-    "validation_problems": 0,
-    "adversary_step": 0.0,
-    "weight_decay": 0.0,
-    "minibatches": 1,
-    "clip_low": 0.0,
-    "clip_high": 0.0,
-    "update_tokens": 1,
-    "lora_rank": 0,
-    "max_prompt_tokens": 1,
-    "grade_workers": 0,
-    "eval_top_k": 0,
-    "passes": 1,
-    "importance_cap": 0.0,
-    "kl_coef": 0.0,
-    "overlong_buffer": 0,
+_KINDS: dict[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+_RULES = {
+    "greater_than_equal": "be at least {ge}",
+    "greater_than": "be above {gt}",
+    "less_than": "be below {lt}",
+    "finite_number": "be a finite number",
 }
 
 
-_KINDS: dict[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+def _mistake(error: ValidationError) -> UsageError:
+    """The first of pydantic's complaints, in the words of all other mistakes."""
+    first = error.errors(include_url=False)[0]
+    name, kind = str(first["loc"][0]), first["type"]
+    if name not in OPTIONS:
+        return _unknown("Config", name)
+    spec = {key: "2**32" if value == 2**32 else value for key, value in OPTIONS[name].items()}
+    rule = _RULES.get(kind, f"be {_KINDS[TYPES[name]]}").format(**spec)
+    if "le" in spec and kind in ("greater_than_equal", "greater_than", "less_than_equal"):
+        rule = ("lie in [{ge}, {le}]" if "ge" in spec else "lie in ({gt}, {le}]").format(**spec)
+    return UsageError(f"{name} must {rule}, got {first['input']!r}")
+
+
+def _unknown(where: str, key: str) -> UsageError:
+    near = get_close_matches(key, OPTIONS, 1)
+    meant = f"did you mean {near[0]!r}? " if near else ""
+    return UsageError(f"{where} has the unknown key {key!r}; {meant}`gdro train --help` lists the keys")
 
 
 def preset_names() -> list[str]:
@@ -328,38 +340,11 @@ def load_preset(name: str) -> dict[str, Any]:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # not TOML, or not even text
         raise UsageError(f"{path} is not valid TOML: {error}") from error
-    types = get_type_hints(Config)
     for key, value in values.items():
-        if key not in types or key == "preset":
-            raise UsageError(f"{path} has the unknown key {key!r}; `gdro train --help` lists the keys")
-        if types[key] is float and type(value) is int:
-            values[key] = float(value)
-        elif type(value) is not types[key]:
-            raise UsageError(f"{path}: {key} must be {_KINDS[types[key]]}, got {value!r}")
+        if key not in OPTIONS or key == "preset":
+            raise _unknown(str(path), key)
+        try:
+            values[key] = TypeAdapter(TYPES[key], config=ConfigDict(strict=True)).validate_python(value)
+        except ValidationError:
+            raise UsageError(f"{path}: {key} must be {_KINDS[TYPES[key]]}, got {value!r}") from None
     return {"preset": path.stem, **values}
-
-
-def add_options(parser: argparse.ArgumentParser, only: tuple[str, ...] = ()) -> None:
-    """A flag for every key of `Config`, grouped, with its help and default.
-
-    With `only`, for `gdro eval`: these keys, without defaults (a run or the data has them), `--eval-x` also as `--x`.
-    """
-    groups: dict[str, Any] = {}
-    types = get_type_hints(Config)
-    for spec in fields(Config):
-        if spec.name == "preset" or (only and spec.name not in only):
-            continue
-        group = spec.metadata["group"]
-        groups.setdefault(group, parser.add_argument_group(group))
-        arguments: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": spec.name, "help": spec.metadata["help"]}
-        default: Any = spec.default
-        if not only and default != "":
-            arguments["help"] += f" [default {('off', 'on')[default] if types[spec.name] is bool else default}]"
-        if types[spec.name] is bool:
-            arguments["action"] = argparse.BooleanOptionalAction
-        else:
-            arguments |= {"type": types[spec.name], "metavar": types[spec.name].__name__.upper()}
-            if spec.metadata["choices"]:
-                arguments |= {"choices": spec.metadata["choices"], "metavar": None}
-        names = [spec.name.removeprefix("eval_"), spec.name] if only else [spec.name]  # `gdro eval --samples`
-        groups[group].add_argument(*(f"--{name.replace('_', '-')}" for name in dict.fromkeys(names)), **arguments)

@@ -1,8 +1,5 @@
 """The language model: load it, hand its weights on, save it.
 
-Dimension suffixes, here and in all of gdro_llm: _P prompts, _R rollouts (flat, ragged: `counts_P[i]` rows of prompt i),
-_T tokens of a completion, _S tokens of a whole row, _N tokens side by side, _H hidden, _V vocabulary.
-
 1. Weights are float32; with `dtype = "bfloat16"` matrix products run in bfloat16 (`Policy.autocast`, or FSDP's casts
    under torchrun). With adapters (LoRA) the frozen weights are kept in `dtype`, the adapters in float32.
 2. With adapters a saved policy is the merged model, for others, and the adapters, to go on training exactly.

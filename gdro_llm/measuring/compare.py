@@ -21,15 +21,15 @@ import signal
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Thread
 from types import FrameType
-from typing import Any, get_type_hints
+from typing import Any
 
 from tqdm import tqdm
 
-from gdro_llm.config import CONTROLLERS, RESUMABLE, Config, UsageError
+from gdro_llm.config import CONTROLLERS, SHARED, TYPES, Config, UsageError
 from gdro_llm.measuring.comparison import analyse, outcomes, verdicts, write
 from gdro_llm.measuring.run_directory import RunDirectory
 from gdro_llm.problems.load import CELL_SETS
@@ -46,8 +46,6 @@ METHODS: dict[str, dict[str, Any]] = {
     **{name: {"controller": name} for name in CONTROLLERS},
     "published-rollout": {"controller": "published-rollout", "aggregation": "prompt"},  # Eq. 7
 }
-_SHARED = [field for field in fields(Config) if field.name.startswith("eval_") or field.metadata.get("group") == "data"]
-SHARED = {"seed", "model", "max_new_tokens", "stop", *(field.name for field in _SHARED)} - {"reward_noise"}
 
 
 @dataclass(frozen=True)
@@ -67,15 +65,15 @@ class Method:
         name, *changes = text.split("+")
         if name not in METHODS:
             raise UsageError(f"no method {name!r}: choose among {', '.join(METHODS)}")
-        settings, types = dict(METHODS[name]), get_type_hints(Config)
+        settings = dict(METHODS[name])
         for change in changes:
             key, equals, value = change.partition("=")
-            if key not in types or key == "preset" or not equals:
+            if key not in TYPES or key == "preset" or not equals:
                 raise UsageError(f"method {text!r}: {change!r} must be SETTING=VALUE; `gdro train --help` lists them")
             if key in SHARED:
                 raise UsageError(f"method {text!r}: {key} must be the same for all methods")
             try:
-                settings[key] = {"true": True, "false": False}[value] if types[key] is bool else types[key](value)
+                settings[key] = {"true": True, "false": False}[value] if TYPES[key] is bool else TYPES[key](value)
             except (KeyError, ValueError) as error:
                 raise UsageError(f"method {text!r}: {value!r} does not fit {key}") from error
         return cls(text, settings)
@@ -211,10 +209,8 @@ def _is_complete(out: Path, config: Config) -> bool:
     """Whether a run has its result; one of another configuration is an error."""
     if not (out / "config.json").is_file():
         return False
-    run, now = RunDirectory(out, killed=True), asdict(config)
-    before = run.config
-    changed = [key for key in now if before.get(key) != now[key] and key not in RESUMABLE]
-    if changed:
+    run = RunDirectory(out, killed=True)
+    if changed := config.conflicts(run.config):
         raise UsageError(f"{out} was run with another {', '.join(changed)}; choose another --out")
     return any(row.get("checkpoint") == "best" for row in run.evaluations)
 

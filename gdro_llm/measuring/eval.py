@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gdro_llm.config import EVALUATION_KEYS, Config, UsageError, load_preset, printable
+from gdro_llm.config import EVALUATION_KEYS, OPTIONS, Config, UsageError, load_preset, printable
 from gdro_llm.engine.policy import load_policy
 from gdro_llm.engine.sampler import make_sampler
 from gdro_llm.measuring import tables
@@ -94,7 +94,7 @@ def _settings(model: str, names: Sequence[str], overrides: dict[str, Any]) -> tu
     """Configuration and checkpoint: those of a run directory; else what suits the data, for the model as it is."""
     of_run = RunDirectory(Path(model)).config
     if {"controller", "mean_rollouts"} <= of_run.keys():
-        if unknown := of_run.keys() - {spec.name for spec in fields(Config)}:
+        if unknown := of_run.keys() - OPTIONS.keys():
             path = Path(model) / "config.json"
             raise UsageError(f"{path} has the unknown key {min(unknown)!r}: a run of another version of gdro")
         trained = Config(**of_run)

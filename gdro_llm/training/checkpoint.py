@@ -25,7 +25,6 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,7 +32,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from gdro_llm.config import RESUMABLE, Config, UsageError
+from gdro_llm.config import Config, UsageError
 
 KEEP = 2  # checkpoints of a run
 LOGS = ("metrics.jsonl", "evaluations.jsonl", "timing.jsonl", "samples.jsonl")
@@ -43,7 +42,7 @@ def find_checkpoint(out: Path, config: Config, *, resume: bool, fresh: bool) -> 
     """The checkpoint to continue from, or None to start at step 0. Changes nothing.
 
     An existing run is neither overwritten nor continued unless asked for, nor continued under another configuration
-    (`RESUMABLE` keys aside), from a damaged checkpoint, or while another process trains in it.
+    (`Config.conflicts`), from a damaged checkpoint, or while another process trains in it.
     """
     if not out.exists() or (out.is_dir() and {path.name for path in out.iterdir()} <= {".config.json.tmp", ".lock"}):
         return None  # nothing, or a run killed before its first file stood
@@ -56,10 +55,7 @@ def find_checkpoint(out: Path, config: Config, *, resume: bool, fresh: bool) -> 
         _lock(out).close()
     if fresh:
         return None
-    now = asdict(config)
-    differing = [key for key in now if before.get(key) != now[key] and key not in RESUMABLE]
-    changed = [f"{key} {before.get(key)!r} -> {now[key]!r}" for key in differing]
-    if changed:
+    if changed := [f"{key} {old!r} -> {new!r}" for key, (old, new) in config.conflicts(before).items()]:
         raise UsageError(f"{out} was started with another configuration ({', '.join(changed)}); choose another --out")
     return _newest_whole(out)
 

@@ -80,8 +80,8 @@ def adversary_of(config: Config) -> Adversary:
     """The adversary that `config.adversary` names, with its dial."""
     adversaries = {
         "entropic": Entropic(config.adversary_step),
-        "cvar": CVaR(0.5),
-        "chi-square": ChiSquare(0.5),
+        "cvar": CVaR(config.cvar_alpha),
+        "chi-square": ChiSquare(config.chi_square_rho),
     }
     return adversaries[config.adversary]
 

@@ -6,12 +6,26 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import FrozenInstanceError, fields, replace
+from functools import partial
 
 import pytest
 
+import gdro_llm
 from gdro_llm.cli import main
-from gdro_llm.config import CONTROLLERS, PRESETS, Config, UsageError, load_preset, preset_names
+from gdro_llm.config import (
+    CONTROLLERS,
+    EVALUATION_KEYS,
+    OPTIONS,
+    PRESETS,
+    RESUMABLE,
+    SHARED,
+    TYPES,
+    Config,
+    UsageError,
+    load_preset,
+    preset_names,
+)
 
 GOOD = [{"problem": f"{i}+1=", "answer": str(i + 1)} for i in range(10)]
 HELD_OUT = [{"problem": f"{i}+2=", "answer": str(i + 2)} for i in range(4)]
@@ -47,7 +61,13 @@ def refused(tmp_path, tiny_model, capsys):
 @pytest.mark.parametrize(
     ("toml", "message"),
     [
-        ("learning_rat = 0.1", r"mine.toml has the unknown key 'learning_rat'.*gdro train --help"),
+        (
+            "learning_rat = 0.1",
+            r"mine.toml has the unknown key 'learning_rat'; did you mean 'learning_rate'\? `gdro tra",
+        ),
+        ("zzz = 0.1", r"mine.toml has the unknown key 'zzz'; `gdro train --help` lists the keys"),
+        ("adversary = 'cvar'\ncvar_alpha = 0", r"cvar_alpha must lie in \(0, 1\], got 0.0"),
+        ("adversary = 'chi-square'\nchi_square_rho = -1", r"chi_square_rho must be at least 0.0, got -1.0"),
         ("preset = 'x'", r"unknown key 'preset'"),
         ("minibatches = '2'", r"mine.toml: minibatches must be a whole number, got '2'"),
         ("minibatches = 2.0", r"minibatches must be a whole number, got 2.0"),
@@ -219,8 +239,10 @@ def test_shipped_presets_load(name):
 def test_presets_come_before_defaults_and_flags_before_presets(tmp_path, monkeypatch):
     """`gdro train p.toml --seed 3` is the defaults, then p, then the flags; whole numbers serve as floats."""
     found = []
-    monkeypatch.setattr("gdro_llm.trainer.train", lambda config, out, **flags: found.append((config, out, flags)))
-    monkeypatch.setattr("gdro_llm.cli._report", lambda *arguments: None)
+    monkeypatch.setattr(
+        "gdro_llm.training.trainer.train", lambda config, out, **flags: found.append((config, out, flags))
+    )
+    monkeypatch.setattr("gdro_llm.cli._write_report", lambda *arguments: None)
     (tmp_path / "p.toml").write_text("seed = 2\ntemperature = 2\nmean_rollouts = 5\nscale_rewards = false\n")
     monkeypatch.chdir(tmp_path)
     assert main(["train", "p.toml", "--seed", "3", "--controller", "grpo", "--resume"]) == 0
@@ -235,9 +257,7 @@ def test_presets_come_before_defaults_and_flags_before_presets(tmp_path, monkeyp
 
 def test_the_help_names_every_key_preset_and_controller(capsys):
     """And prints: no stray % in a help text."""
-    with pytest.raises(SystemExit) as stopped:
-        main(["train", "--help"])
-    assert stopped.value.code == 0
+    assert main(["train", "--help"]) == 0
     text = capsys.readouterr().out
     for spec in fields(Config):
         if spec.name != "preset":
@@ -246,13 +266,141 @@ def test_the_help_names_every_key_preset_and_controller(capsys):
         assert name in text
 
 
-@pytest.mark.parametrize("flags", [["--sed", "1"], ["--seed", "one"], ["--controller", "ppo"], ["--resume", "--fresh"]])
-def test_flags_that_argparse_refuses_end_with_code_2_too(flags, capsys):
-    """Unknown flags, wrong types, unknown choices, and --resume with --fresh."""
-    with pytest.raises(SystemExit) as stopped:
-        main(["train", "quickstart", *flags])
-    assert stopped.value.code == 2
-    assert "Traceback" not in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "missing command; see gdro --help"),
+        (["trian"], "no such command 'trian'. Did you mean 'train'? see gdro --help"),
+        (["train"], "missing argument 'PRESET'; see gdro train --help"),
+        (["train", "quickstart", "--sed", "1"], "no such option '--sed'. (Did you mean one of: '--passes', '--seed', "),
+        (
+            ["train", "quickstart", "--seed", "one"],
+            "invalid value for '--seed': 'one' is not a valid integer; see gdro",
+        ),
+        (
+            ["train", "quickstart", "--controller", "ppo"],
+            "invalid value for '--controller': 'ppo' is not one of 'grpo', ",
+        ),
+        (["train", "quickstart", "--resume", "--fresh"], "--fresh is not allowed with --resume; see gdro train --help"),
+        (["train", "quickstart", "--steps"], "option '--steps' requires an argument; see gdro train --help"),
+        (["train", "quickstart", "more"], "got unexpected extra argument (more); see gdro train --help"),
+        (["train", "no-preset", "--help"], "no preset 'no-preset': choose one of quickstart, "),
+        (
+            ["warm-start"],
+            "missing argument '{cells|cells-shared}'. Choose from: cells, cells-shared; see gdro warm-start",
+        ),
+        (["eval", "embedded"], "missing option '--data'; see gdro eval --help"),
+        (["report"], "missing argument 'RUNS...'; see gdro report --help"),
+    ],
+)
+def test_what_the_command_line_refuses_is_one_line_with_code_2(arguments, message, capsys):
+    """Unknown words with near ones, wrong types and choices, absent and surplus arguments, --resume with --fresh."""
+    assert main(arguments) == 2
+    found = capsys.readouterr()
+    assert found.err.startswith(f"gdro: error: {message}"), found.err
+    assert found.err.count("\n") == 1
+    assert found.out == ""
+
+
+def test_a_flag_is_not_abbreviated(capsys):
+    """`--reward` could mean `--reward-noise` today and another flag tomorrow."""
+    assert main(["train", "quickstart", "--reward", "0.1"]) == 2
+    assert "no such option '--reward'. (Did you mean one of: '--reward-noise', " in capsys.readouterr().err
+
+
+def defaults_in(text: str) -> dict[str, str]:
+    """Flags of a help text and the defaults that it shows."""
+    words = " ".join(text.split())
+    return dict(re.findall(r" --([a-z0-9-]+) (?:(?! --[a-z]).)*?\[default: ([^\]]*)\]", words))
+
+
+def test_the_help_of_a_preset_shows_its_values(tmp_path, capsys):
+    """By name or .toml file, wherever --help stands; without one the defaults of `Config`."""
+    assert main(["train", "--help"]) == 0
+    shown = defaults_in(capsys.readouterr().out)
+    assert {"steps": "80", "eval-samples": "8", "grader": "exact"}.items() <= shown.items()
+    assert not {"log-to", "test-data"} & shown.keys()
+    config = Config(**load_preset("smollm2-arith"))
+    for arguments in (["smollm2-arith", "--help"], ["-h", "smollm2-arith"], ["--seed", "3", "smollm2-arith", "--help"]):
+        assert main(["train", *arguments]) == 0
+        shown = defaults_in(capsys.readouterr().out)
+        for key in ("steps", "batch_size", "max_new_tokens", "learning_rate", "grader", "data"):
+            assert shown[key.replace("_", "-")] == str(getattr(config, key)), key
+    file = tmp_path / "mine.toml"
+    file.write_text('steps = 7\nthinking = true\nprompt_style = "chat"\ntemplate = "{problem}\\n?"\n', encoding="utf-8")
+    for command in ("train", "plan-memory", "compare", "signal"):
+        assert main([command, str(file), "--help"]) == 0
+        text = capsys.readouterr().out
+        shown = defaults_in(text)
+        assert (shown["steps"], shown["prompt-style"], shown["template"]) == ("7", "chat", r"{problem}\n?")
+        assert re.search(r"--thinking / --no-thinking\s[^\[]*\[default:\s+on\]", text)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("", {"train", "eval", "compare", "presets"}),
+        ("train q", {name for name in preset_names() if name.startswith("q")}),
+        ("train my", {"my"}),  # of the kind "file", which the shell completes
+        ("presets smol", {"smollm2-arith"}),
+        ("train quickstart --learning", {"--learning-rate"}),
+        ("train quickstart --controller recommended-", {"recommended-prompt", "recommended-rollout"}),
+        ("train quickstart --no-sc", {"--no-scale-rewards"}),
+        ("eval embedded --top", {"--top-p", "--top-k"}),
+    ],
+)
+def test_shells_complete_commands_presets_flags_and_choices(words, expected, monkeypatch, capsys):
+    """As bash asks: the words of the line, and which one is incomplete."""
+    monkeypatch.setenv("_GDRO_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", f"gdro {words}")
+    monkeypatch.setenv("COMP_CWORD", str(f"gdro {words}".count(" ")))
+    assert main([]) == 0
+    found = {row.partition(",")[2] for row in capsys.readouterr().out.splitlines()}
+    assert found == expected if words else found > expected
+
+
+def test_the_help_says_how_shells_complete(monkeypatch, capsys):
+    """And what it names is a script for the shell."""
+    assert main(["--help"]) == 0
+    assert 'eval "$(_GDRO_COMPLETE=bash_source gdro)"' in capsys.readouterr().out
+    for shell in ("bash", "zsh", "fish"):
+        monkeypatch.setenv("_GDRO_COMPLETE", f"{shell}_source")
+        assert main([]) == 0
+        assert f"_GDRO_COMPLETE={shell}_complete" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import gdro_llm; assert {*gdro_llm.__all__} <= {*dir(gdro_llm)}",
+        "from gdro_llm import Config, UsageError, load_preset; Config(**load_preset('quickstart'))",
+        "from gdro_llm.cli import main; assert main(['--help']) == 0",
+        "from gdro_llm.cli import main; assert main(['train', 'quickstart', '--help']) == 0",
+        "from gdro_llm.cli import main; assert main(['presets']) == 0",
+    ],
+)
+def test_what_needs_no_torch_does_not_load_it(code):
+    """In a process of its own; nor numpy, transformers or matplotlib."""
+    code += "\nimport sys; assert not {'torch', 'transformers', 'matplotlib', 'numpy'} & sys.modules.keys()"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+
+
+def test_the_package_offers_its_functions():
+    """The same objects as in the modules that hold them, each with a docstring; other names are an error."""
+    from gdro_llm.measuring.compare import compare
+    from gdro_llm.measuring.eval import evaluate_model
+    from gdro_llm.measuring.report import write_report
+    from gdro_llm.training.trainer import train
+
+    offered = [getattr(gdro_llm, name) for name in sorted(gdro_llm.__all__)]
+    assert offered == [Config, UsageError, compare, evaluate_model, load_preset, train, write_report]
+    for name, found in zip(sorted(gdro_llm.__all__), offered, strict=True):
+        assert found.__doc__
+        assert re.search(rf"^    {name} ", gdro_llm.__doc__, re.MULTILINE)
+    with pytest.raises(AttributeError, match="module 'gdro_llm' has no attribute 'tain'"):
+        gdro_llm.tain  # noqa: B018
 
 
 def test_report_of_what_is_no_run_is_refused(tmp_path, capsys):
@@ -277,8 +425,80 @@ def test_presets_lists_every_preset(capsys):
     assert "no preset 'no-such': choose one of quickstart, " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", [spec.name for spec in fields(Config) if spec.type == "float"])
+@pytest.mark.parametrize("name", [name for name, kind in TYPES.items() if kind is float])
 def test_no_float_setting_takes_nan(name):
     """NaN passes every comparison written the wrong way round."""
     with pytest.raises(UsageError, match=f"{name} must be a finite number, got nan"):
         Config(**{name: float("nan")})
+
+
+@pytest.mark.parametrize("name", [name for name, spec in OPTIONS.items() if {"ge", "gt", "le", "lt"} & spec.keys()])
+def test_a_bound_holds_however_a_configuration_is_made(name):
+    """The bounds at the field, by keyword and by `replace`: what lies beyond is refused with its name and value."""
+    spec, kind = OPTIONS[name], TYPES[name]
+    beyond = [kind(spec[key] + sign) for key, sign in (("ge", -1), ("le", 1)) if key in spec]
+    beyond += [kind(spec[key]) for key in ("gt", "lt") if key in spec]
+    for value in beyond:
+        for make in (Config, partial(replace, Config())):
+            with pytest.raises(UsageError, match=rf"^{name} must (be|lie) .*, got {re.escape(repr(value))}$"):
+                make(**{name: value})
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_value_has_the_type_of_its_option(name):
+    """A whole number is a number, but 1 is not true nor true 1, no text is parsed, and nothing can be changed."""
+    wrong = {int: [True, 1.0, "1", None], float: [True, "1", None], bool: [1, 0.0, "true", None], str: [1, b"x", None]}
+    for value in wrong[TYPES[name]]:
+        with pytest.raises(UsageError, match=rf"^{name} must be (a|true) .*, got {re.escape(repr(value))}$"):
+            Config(**{name: value})
+    with pytest.raises(FrozenInstanceError):
+        setattr(Config(), name, getattr(Config(), name))
+    assert type(Config(temperature=2).temperature) is float
+
+
+def test_an_unknown_key_is_named_with_a_near_one():
+    """By keyword, as in a file."""
+    with pytest.raises(UsageError, match=r"^Config has the unknown key 'lerning_rate'; did you mean 'learning_rate'\?"):
+        Config(lerning_rate=1.0)
+
+
+def test_what_is_declared_at_a_field_is_what_runs_rely_on():
+    """Keys of evaluations in the order of evaluation.json; what a resumed run may change; what methods share."""
+    assert " ".join(EVALUATION_KEYS) == (
+        "seed model dtype trust_remote_code device threads prompt_style thinking template grader grade_seconds "
+        "grade_workers test_problems engine vllm_memory max_new_tokens eval_samples eval_temperature eval_top_p "
+        "eval_top_k stop sample_rows"
+    )
+    memory = {"gradient_checkpointing", "vllm_memory", "sample_rows", "update_tokens"}
+    assert set(RESUMABLE) == {"device", "threads", "grade_workers", "log_to"} | memory
+    data = {name for name, spec in OPTIONS.items() if spec["group"] == "data"} - {"reward_noise"}
+    evaluations = {name for name in OPTIONS if name.startswith("eval_")}
+    assert set(SHARED) == {"seed", "model", "max_new_tokens", "stop"} | data | evaluations
+
+
+@pytest.mark.parametrize(
+    ("dial", "value", "adversary", "others"),
+    [
+        ("adversary_step", 1.0, "entropic", ("cvar", "chi-square")),
+        ("cvar_alpha", 0.2, "cvar", ("entropic", "chi-square")),
+        ("chi_square_rho", 1.0, "chi-square", ("entropic", "cvar")),
+    ],
+)
+def test_a_dial_is_refused_where_it_changes_nothing(dial, value, adversary, others):
+    """With another adversary, and with a controller that has none."""
+    assert getattr(Config(adversary=adversary, **{dial: value}), dial) == value
+    for other in others:
+        with pytest.raises(UsageError, match=f"^{dial} changes nothing with adversary '{other}'$"):
+            Config(adversary=other, **{dial: value})
+    for controller in ("grpo", "mopps", "published-prompt", "recommended-rollout", "implicit-rollout"):
+        with pytest.raises(UsageError, match=f"changes nothing with controller '{controller}'$"):
+            Config(adversary=adversary, controller=controller, **{dial: value})
+
+
+def test_an_absent_key_of_an_earlier_run_has_its_default():
+    """A config.json of a version without the key; what may change in a resumed run is no conflict."""
+    before = json.loads(Config().to_json())
+    del before["cvar_alpha"], before["chi_square_rho"]
+    assert Config(threads=2, log_to="wandb").conflicts(before) == {}
+    found = Config(adversary="cvar", cvar_alpha=0.2, seed=1).conflicts(before)
+    assert found == {"seed": (0, 1), "adversary": ("entropic", "cvar"), "cvar_alpha": (0.5, 0.2)}

@@ -453,7 +453,7 @@ def test_what_shows_in_a_step_is_refused_there_and_changes_nothing(tiny_model, t
     before = made.state_dict()
     dataset = changes.pop("dataset", data)()
     trainer = build(Ours, tiny_model, tmp_path, controller=made, dataset=dataset, **changes)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((UsageError, ValueError), match=message):  # the second from gdro_core
         trainer.train()
     assert made.state_dict() == before
 

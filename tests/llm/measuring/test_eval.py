@@ -236,15 +236,13 @@ def test_models_and_folders_that_cannot_be_used_are_named(gdro_eval, tmp_path, r
 
 def test_the_help_teaches_by_examples_and_names_every_option(capsys):
     """The eval_ keys in their short form too; no key of training."""
-    with pytest.raises(SystemExit) as stopped:
-        main(["eval", "--help"])
-    assert stopped.value.code == 0
+    assert main(["eval", "--help"]) == 0
     text = capsys.readouterr().out
     assert text.count("  gdro eval ") >= 2
     for key in EVALUATION_KEYS:
         assert key == "model" or f"--{key.replace('_', '-')}" in text
     for option in ("--samples", "--temperature", "--top-p", "--top-k", "--data", "--out"):
-        assert f"{option} " in text
+        assert re.search(rf"{option}[, ]", text)
     assert "learning-rate" not in text
-    assert "[default" not in text.replace("[default runs/", "")
+    assert "[default" not in text.replace("[default: (runs/", "")
     assert set(EVALUATION_KEYS) <= set(Config.__dataclass_fields__)

@@ -112,6 +112,8 @@ def test_mopps_learns_which_prompts_are_of_middling_difficulty():
     ("name", "setting", "part", "attribute", "value"),
     [
         ("recommended", {"adversary": "cvar"}, "prompt", "adversary", CVaR(0.5)),
+        ("recommended", {"adversary": "cvar", "cvar_alpha": 0.1}, "prompt", "adversary", CVaR(0.1)),
+        ("null", {"adversary": "chi-square", "chi_square_rho": 2.0}, "prompt", "adversary", ChiSquare(2.0)),
         ("recommended-prompt", {"adversary_step": 1.0}, "prompt", "adversary", Entropic(1.0)),
         ("null", {"adversary": "chi-square"}, "prompt", "adversary", ChiSquare(0.5)),
         ("implicit-rollout", {"utility": "mixed"}, "rollout", "utility", MIXED),

@@ -1,6 +1,8 @@
 """A run killed after a checkpoint and resumed equals an uninterrupted one bit for bit, with the update's options."""
 
+import json
 import signal
+from dataclasses import replace
 
 import literal
 import numpy as np
@@ -9,6 +11,8 @@ from safetensors.torch import load_file
 from test_run_directory import assert_same_run, die_at, fork_and_die
 
 import gdro_llm.training.trainer as trainer
+from gdro_llm.cli import main
+from gdro_llm.config import UsageError
 from gdro_llm.training.trainer import train
 
 CASES = {
@@ -48,3 +52,24 @@ def test_a_killed_run_equals_an_uninterrupted_one(run_config, tmp_path, name):
     assert (killed / "checkpoint-000002").is_dir()
     train(config, killed, resume=True)
     assert_same_run(killed, tmp_path / "whole")
+
+
+def test_a_run_of_a_version_without_some_keys_goes_on_and_is_evaluated(run_config, tmp_path, capsys):
+    """Its config.json lacks them, and they have their defaults; with another value the run does not go on."""
+    config = run_config(steps=4, eval_every=4)
+    train(config, tmp_path / "whole")
+    run = tmp_path / "run"
+    assert fork_and_die(config, run, lambda: die_at(trainer, "append", 7)) == signal.SIGKILL
+    settings = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    for key in ("cvar_alpha", "chi_square_rho", "thinking", "log_to"):
+        del settings[key]
+    (run / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    with pytest.raises(
+        UsageError, match=r"another configuration \(adversary 'entropic' -> 'cvar', cvar_alpha 0.5 -> 0.3"
+    ):
+        train(replace(config, adversary="cvar", cvar_alpha=0.3), run, resume=True)
+    assert main(["eval", str(run), "--data", config.test_data, "--out", str(tmp_path / "eval")]) == 0
+    capsys.readouterr()
+    train(config, run, resume=True)
+    assert_same_run(run, tmp_path / "whole")
+    assert (run / "config.json").read_text(encoding="utf-8") == config.to_json()
