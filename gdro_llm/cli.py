@@ -249,11 +249,12 @@ def _train(preset: str, out: Path | None, resume: bool, fresh: bool, **overrides
     out = out or Path("runs") / f"{config.preset}-{config.controller}"
     from transformers.utils import logging
 
+    from gdro_llm.measuring.report import write_report
     from gdro_llm.training.trainer import train
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    train(config, out, resume=resume, fresh=fresh)
+    train(config, out, resume=resume, fresh=fresh, report=lambda run: write_report([run], run))
     if _processes() == 1 or os.environ["RANK"] == "0":
         _report([out], out)
 

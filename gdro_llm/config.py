@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from gdro_llm.training.losses import LOSSES
+
 PRESETS = Path(__file__).parent / "presets"
 CONTROLLERS = (
     "grpo",
@@ -154,7 +156,7 @@ class Config:
         False, "sampling", "compute mean@k and pass@k from probabilities instead (embedded cells)"
     )
 
-    loss: str = option("dapo", "update", "surrogate and its mean", ("dapo", "dr_grpo", "grpo", "gspo", "cispo"))
+    loss: str = option("dapo", "update", "surrogate and its mean", tuple(LOSSES))
     optimizer: str = option("adamw", "update", "adamw8bit: moments in 8 bits (torchao)", ("adamw", "adamw8bit"))
     learning_rate: float = option(3e-4, "update", "peak, after a linear warm-up")
     warmup_steps: int = option(5, "update", "steps of linear warm-up")
@@ -218,9 +220,9 @@ class Config:
                 raise UsageError(f"{name} must lie in (0, 1], got {getattr(self, name)!r}")
         if 0 < self.importance_cap < 1:
             raise UsageError(f"importance_cap must be 0 (off) or at least 1, got {self.importance_cap!r}")
-        if self.loss == "cispo" and self.controller.startswith("published"):
+        if not LOSSES[self.loss].is_surrogate and self.controller.startswith("published"):
             raise UsageError(
-                "loss must not be 'cispo' with a published controller: its payoff is the clipped surrogate"
+                f"loss must not be {self.loss!r} with a published controller: its payoff is the clipped surrogate"
             )
         for name, value in _PRESERVING.items():
             if self.preserve_objective and getattr(self, name) != value:
