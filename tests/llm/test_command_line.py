@@ -219,7 +219,9 @@ def test_shipped_presets_load(name):
 def test_presets_come_before_defaults_and_flags_before_presets(tmp_path, monkeypatch):
     """`gdro train p.toml --seed 3` is the defaults, then p, then the flags; whole numbers serve as floats."""
     found = []
-    monkeypatch.setattr("gdro_llm.trainer.train", lambda config, out, **flags: found.append((config, out, flags)))
+    monkeypatch.setattr(
+        "gdro_llm.training.trainer.train", lambda config, out, **flags: found.append((config, out, flags))
+    )
     monkeypatch.setattr("gdro_llm.cli._report", lambda *arguments: None)
     (tmp_path / "p.toml").write_text("seed = 2\ntemperature = 2\nmean_rollouts = 5\nscale_rewards = false\n")
     monkeypatch.chdir(tmp_path)
@@ -230,6 +232,7 @@ def test_presets_come_before_defaults_and_flags_before_presets(tmp_path, monkeyp
     )
     assert type(config.temperature) is float
     assert str(out) == os.path.join("runs", "p-grpo")
+    assert callable(flags.pop("report"))
     assert flags == {"resume": True, "fresh": False}
 
 
