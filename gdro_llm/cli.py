@@ -225,10 +225,11 @@ def train(preset: str, out: Path | None, resume: bool, fresh: bool, **settings: 
         raise click.UsageError("--fresh is not allowed with --resume")
     config = Config(**{**load_preset(preset), **settings})
     out = out or Path("runs") / f"{config.preset}-{config.controller}"
+    from gdro_llm.measuring.report import write_report
     from gdro_llm.training.trainer import train
 
     _quiet()
-    train(config, out, resume=resume, fresh=fresh)
+    train(config, out, resume=resume, fresh=fresh, report=lambda run: write_report([run], run))
     if _processes() == 1 or os.environ["RANK"] == "0":
         _write_report([out], out)
 

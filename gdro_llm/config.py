@@ -21,6 +21,8 @@ from typing import Any, Self, get_type_hints
 from pydantic import ConfigDict, ModelWrapValidatorHandler, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
+from gdro_llm.training.losses import LOSSES
+
 PRESETS = Path(__file__).parent / "presets"
 CONTROLLERS = (
     "grpo",
@@ -34,7 +36,6 @@ CONTROLLERS = (
     "implicit-rollout",
     "mopps",
 )
-LOSSES = ("dapo", "dr_grpo", "grpo", "gspo", "cispo")
 DIALS = {"entropic": "adversary_step", "cvar": "cvar_alpha", "chi-square": "chi_square_rho"}  # of the adversaries
 
 
@@ -176,7 +177,7 @@ class Config:
         1024, "sequences sampled at once; lower it when memory is short", ge=1, resumable=True, evaluation=True
     )
 
-    loss: str = _update("dapo", "surrogate and its mean", LOSSES)
+    loss: str = _update("dapo", "surrogate and its mean", tuple(LOSSES))
     optimizer: str = _update("adamw", "adamw8bit: moments in 8 bits (torchao)", ("adamw", "adamw8bit"))
     learning_rate: float = _update(3e-4, "peak, after a linear warm-up", gt=0)
     warmup_steps: int = _update(5, "steps of linear warm-up", ge=0)
@@ -233,9 +234,9 @@ class Config:
                 raise UsageError(f"{name} changes nothing with controller {self.controller!r}")
         if 0 < self.importance_cap < 1:
             raise UsageError(f"importance_cap must be 0 (off) or at least 1, got {self.importance_cap!r}")
-        if self.loss == "cispo" and self.controller.startswith("published"):
+        if not LOSSES[self.loss].is_surrogate and self.controller.startswith("published"):
             raise UsageError(
-                "loss must not be 'cispo' with a published controller: its payoff is the clipped surrogate"
+                f"loss must not be {self.loss!r} with a published controller: its payoff is the clipped surrogate"
             )
         for name, value in _PRESERVING.items():
             if self.preserve_objective and getattr(self, name) != value:

@@ -29,8 +29,9 @@ from gdro_llm.engine.policy import load_policy
 from gdro_llm.engine.rollouts import Decoding
 from gdro_llm.engine.sampler import make_sampler
 from gdro_llm.engine.shapes import QWEN3, Shape, flops_per_token, mfu
+from gdro_llm.training.batch import Batch
 from gdro_llm.training.losses import group_advantages, rollout_scale
-from gdro_llm.training.trainer import build_controller
+from gdro_llm.training.planners import build_controller
 from gdro_llm.training.update import build_optimizer, update
 
 SHAPES = {name.removeprefix("Qwen/").lower(): shape for name, shape in QWEN3.items()}
@@ -122,7 +123,8 @@ def bench(arguments: argparse.Namespace) -> dict[str, object]:
             with clock("update"):
                 advantages = group_advantages(rewards, plan.owner, scale=True)
                 scale = rollout_scale(plan.weights, plan.counts, plan.owner, config.aggregation)
-                update(policy, optimizer, rollouts, advantages, scale, config)
+                included = np.ones(len(rewards), bool)
+                update(policy, optimizer, Batch(rollouts, advantages, scale, included), config)
                 optimizer.zero_grad()
             lengths = rollouts.mask_R_T.sum(-1).cpu().numpy()
             rows = (arguments.prompt_tokens + lengths)[advantages != 0]  # the others are left out of the update

@@ -67,28 +67,28 @@ class HFSampler:
         lengths = torch.zeros(len(numbers), dtype=torch.long, device=device)
         logprobs = torch.zeros(len(numbers), steps, device=device)
         truncated = torch.zeros(len(numbers), dtype=torch.bool, device=device)
-        waiting, batch = 0, _Batch.empty(device)
-        while waiting < len(numbers) or len(batch.row):
+        waiting, unfinished = 0, _Unfinished.empty(device)
+        while waiting < len(numbers) or len(unfinished.row):
             # Refilling costs a pass over the new prompts and a copy of the cache: wait until half the places are free.
-            if waiting < len(numbers) and len(batch.row) <= (self._slots // 2 if batch.can_join() else 0):
-                new = np.arange(waiting, min(waiting + self._slots - len(batch.row), len(numbers)))
+            if waiting < len(numbers) and len(unfinished.row) <= (self._slots // 2 if unfinished.can_join() else 0):
+                new = np.arange(waiting, min(waiting + self._slots - len(unfinished.row), len(numbers)))
                 waiting = new[-1] + 1
                 with policy.autocast():
-                    batch.join(_start(policy, prompts, owner[new], new, uniforms(seed, numbers[new], steps)))
-            distribution = log_distribution(batch.logits, decoding)
-            u = batch.uniforms.gather(1, lengths[batch.row][:, None])[:, 0]
+                    unfinished.join(_start(policy, prompts, owner[new], new, uniforms(seed, numbers[new], steps)))
+            distribution = log_distribution(unfinished.logits, decoding)
+            u = unfinished.uniforms.gather(1, lengths[unfinished.row][:, None])[:, 0]
             token = invert_cdf(distribution.exp(), u)
-            place = (batch.row, lengths[batch.row])
+            place = (unfinished.row, lengths[unfinished.row])
             tokens[place] = token
             logprobs[place] = distribution.gather(-1, token[:, None])[:, 0]
-            lengths[batch.row] += 1
+            lengths[unfinished.row] += 1
             going = ~torch.isin(token, policy.stop_ids)
-            out_of_room = going & (lengths[batch.row] == steps)
-            truncated[batch.row[out_of_room]] = True
-            batch.keep((going & ~out_of_room).nonzero()[:, 0], token)
-            if len(batch.row):
+            out_of_room = going & (lengths[unfinished.row] == steps)
+            truncated[unfinished.row[out_of_room]] = True
+            unfinished.keep((going & ~out_of_room).nonzero()[:, 0], token)
+            if len(unfinished.row):
                 with policy.autocast():
-                    batch.advance(policy)
+                    unfinished.advance(policy)
         if not torch.isfinite(logprobs).all():
             raise UsageError(
                 "the model's logits are not finite, so nothing can be sampled from it; "
@@ -102,7 +102,7 @@ class HFSampler:
 
 
 @dataclass
-class _Batch:
+class _Unfinished:
     """Rows being written: `logits` are of each one's next token."""
 
     row: torch.Tensor  # (B,) place in the result
@@ -113,7 +113,7 @@ class _Batch:
     token: torch.Tensor  # (B,), the last one drawn
 
     @classmethod
-    def empty(cls, device: torch.device) -> _Batch:
+    def empty(cls, device: torch.device) -> _Unfinished:
         nothing = torch.zeros(0, dtype=torch.long, device=device)
         return cls(nothing, nothing[:, None], None, nothing[:, None], nothing[:, None], nothing)
 
@@ -140,7 +140,7 @@ class _Batch:
             use_cache=True,
         ).logits[:, -1]
 
-    def join(self, new: _Batch) -> None:
+    def join(self, new: _Unfinished) -> None:
         """Add rows; both caches end at the same column, so the narrower one gets padding on the left."""
         if not len(self.row):
             self.__dict__.update(new.__dict__)
@@ -163,13 +163,13 @@ def _pad_left(x: torch.Tensor, columns: int, dim: int) -> torch.Tensor:
 
 def _start(
     policy: Policy, prompts: list[list[int]], owner: np.ndarray, row: np.ndarray, uniforms_R_T: np.ndarray
-) -> _Batch:
+) -> _Unfinished:
     """Encode the prompts of new rows, each once."""
     device = policy.device
     used, local = np.unique(owner, return_inverse=True)
     prefix = encode(policy, [prompts[p] for p in used]).select(torch.from_numpy(local).to(device))
     rows, numbers = torch.from_numpy(row).to(device), torch.from_numpy(uniforms_R_T).to(device)
-    return _Batch(rows, numbers, prefix.cache, prefix.mask_P_T, prefix.logits_P_V, rows)
+    return _Unfinished(rows, numbers, prefix.cache, prefix.mask_P_T, prefix.logits_P_V, rows)
 
 
 def uniforms(seed: int, numbers_R: np.ndarray, steps: int) -> np.ndarray:

@@ -189,7 +189,7 @@ def _train(config: Config, out: Path) -> bool:
         try:
             if _asked.received:
                 return False
-            train(config, out, resume=True, report=False, stop=_asked)
+            train(config, out, resume=True, stop=_asked)
         except Stopped:
             return False
     _drop_weights(out)

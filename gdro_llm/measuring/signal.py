@@ -27,19 +27,20 @@ from tqdm import tqdm
 from gdro_core import PublishedController
 from gdro_llm.config import Config, UsageError
 from gdro_llm.engine.policy import Policy, load_policy
-from gdro_llm.engine.rollouts import Decoding, Rollouts
 from gdro_llm.engine.transformers import HFSampler
+from gdro_llm.engine.workers import ALONE
 from gdro_llm.measuring.compare import Method
 from gdro_llm.problems.load import hold_out, load_problems
 from gdro_llm.problems.problem import Problem
 from gdro_llm.problems.prompting import prompt_tokens
 from gdro_llm.problems.rewards import Grader
+from gdro_llm.training.batch import Batch
 from gdro_llm.training.checkpoint import write_file
+from gdro_llm.training.clock import Clock
 from gdro_llm.training.evaluation import exact_rates, has_exact_rates
-from gdro_llm.training.losses import rollout_scale
+from gdro_llm.training.gradient import BatchLoss
 from gdro_llm.training.planners import build_controller
-from gdro_llm.training.trainer import advantages_of, candidates, step_seed, turned_round
-from gdro_llm.training.update import update
+from gdro_llm.training.step import collect
 
 RESAMPLES = 2000
 
@@ -111,40 +112,27 @@ def _halves(
 ) -> torch.Tensor:
     """(batches, 2, D): ascent directions of the even and of the odd prompts of each batch."""
     controller, sampler = build_controller(config), HFSampler(policy, config)
-    by_id = {problem.id: problem for problem in problems}
-    found = []
+    ascents = []
     with Grader(config) as grader:
         for step in tqdm(range(warm_up + batches), desc=label, unit="batch", leave=False):
-            plan = controller.plan([problem.id for problem in candidates(problems, config, step)])
-            chosen = [by_id[str(name)] for name in plan.ids]
-            prompts = [prompt_tokens(policy.tokenizer, problem, config) for problem in chosen]
-            decoding = Decoding(config.max_new_tokens, config.temperature)
-            rollouts = sampler.sample(prompts, plan.counts, decoding, seed=step_seed(config.seed, step))
-            rewards = grader.grade([chosen[p] for p in plan.owner], rollouts.texts)
-            rewards = turned_round(rewards, np.arange(len(rewards)), len(rewards), config, step)
-            controller.observe(plan, rewards)
-            if step < warm_up:
-                continue
-            advantages, _ = advantages_of(rewards, rollouts, config)
-            scale = rollout_scale(plan.weights, plan.counts, plan.owner, config.aggregation)
-            halves = [np.flatnonzero(plan.owner % 2 == half) for half in (0, 1)]
-            found.append(torch.stack([_gradient(policy, rollouts, advantages, scale, rows, config) for rows in halves]))
-    return torch.stack(found)
+            clock = Clock(policy.device)
+            collected = collect(step, problems, controller, sampler, grader, config, ALONE, clock)
+            if step >= warm_up:
+                halves = [np.flatnonzero(collected.plan.owner % 2 == half) for half in (0, 1)]
+                ascents.append(torch.stack([ascent(policy, collected.batch.select(rows), config) for rows in halves]))
+    return torch.stack(ascents)
 
 
-def _gradient(
-    policy: Policy, rollouts: Rollouts, advantages: np.ndarray, scale: np.ndarray, rows: np.ndarray, config: Config
-) -> torch.Tensor:
-    """The step of plain gradient descent at rate 1 by `update`, undone: minus the loss' gradient, flat."""
+def ascent(policy: Policy, batch: Batch, config: Config) -> torch.Tensor:
+    """Minus the gradient of the batch's loss, flat: the direction of one step on all of it."""
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
-    before = [p.detach().clone() for p in parameters]
-    once = replace(config, minibatches=1, passes=1, grad_clip=1e9)
-    update(policy, torch.optim.SGD(parameters, lr=1.0), rollouts.select(rows), advantages[rows], scale[rows], once)
-    with torch.no_grad():
-        step = torch.cat([(p - old).flatten() for p, old in zip(parameters, before, strict=True)]).cpu()
-        for p, old in zip(parameters, before, strict=True):
-            p.copy_(old)
-    return step
+    objective = BatchLoss(policy, batch, replace(config, minibatches=1, passes=1))
+    policy.model.zero_grad()
+    objective.gradient(objective.minibatches[0])
+    flat = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    direction = -torch.cat([gradient.flatten() for gradient in flat]).cpu()
+    policy.model.zero_grad()
+    return direction
 
 
 def _summary(halves: torch.Tensor, directions: dict[str, torch.Tensor]) -> dict[str, Any]:

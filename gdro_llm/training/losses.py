@@ -2,7 +2,7 @@ r"""From rewards to a gradient: advantages of ragged groups, token losses and th
 
 The loss of a mini-batch is a plain sum over the tokens of all its rollouts, in whatever pieces they come:
 
-    L = sum_r sum_t u_rt l_rt,     u = `token_weights`: how tokens are averaged,     l = `token_losses`: the surrogate,
+    L = sum_r sum_t u_rt l_rt,     u = `Loss.token_weights`: how tokens are averaged,     l = `Loss.token_losses`,
 
 with advantages A_r = (weight of the prompt's game) x (advantage within its group), times n_bar / n_i with
 `aggregation="prompt"`: the games enter here and nowhere else. Everything returned is 0 at padding, whatever the inputs
@@ -15,15 +15,15 @@ sum to 0, and sum_r A_r r_r / n = sqrt((K/n)(1 - K/n)), hence
     E[(1/n) sum_r A_r f_r] = w_n(p) p (1 - p) (E[f | r = 1] - E[f | r = 0]),        w_n = `gdro_core.gradient_weight`:
 
 n enters by w_n(p) only, and the factor w_nbar(p) / w_n(p) of the controller removes it. The update has this form, with
-clipped ratios and importance weights too (the sign of A_r is told by r_r), wherever u does not depend on the draws:
+clipped ratios and importance weights too (r_r gives the sign of A_r), wherever u does not depend on the draws:
 
 - `"dr_grpo"`, `"grpo"`, `"gspo"`: exact for completions of any lengths;
 - `"dapo"`, `"cispo"`: exact if all completions have one length. Otherwise the number of tokens in the denominator is
   random and moves with the counts: a prompt's pull is preserved up to that factor, which all prompts share.
 
 It needs `aggregation="prompt"`, scaled rewards (w_n is that of advantages divided by the population std), the true pass
-rate p, and for several mini-batches `rollouts` = n_bar x their prompts in `token_weights`; a later mini-batch is then
-exact given the policy it meets, a second pass over the same rollouts is not. It fails, and should be refused, with
+rate p, and for several mini-batches `rollouts` = n_bar x their prompts in `Loss.token_weights`; a later mini-batch is
+then exact given the policy it meets, a second pass over the same rollouts is not. It fails, and should be refused, with
 `aggregation="rollout"` (pulls by n_i w_n), without scaled rewards ((n - 1) / n instead of w_n), with rewards of more
 than two values (partial credit, overlong punishment), with overlong masking (the group is smaller than planned), and
 with a KL term, whose rows carry no n_bar / n_i. `tests/llm/training/test_losses.py` has each by exact enumeration.
@@ -32,13 +32,14 @@ with a KL term, whose rows carry no n_bar / n_i. `tests/llm/training/test_losses
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from gdro_llm.config import UsageError
-
-KINDS = ("dapo", "dr_grpo", "grpo", "gspo", "cispo")
+if TYPE_CHECKING:  # `gdro_llm.config` reads the table below, and does without torch
+    import torch
 
 
 def group_advantages(
@@ -118,95 +119,161 @@ def clipped_surrogate(
     low, high = _log_range(clip_low, clip_high)
     log_ratio = logprobs_R_T - old_logprobs_R_T
     advantages = advantages_R[:, None].to(log_ratio.dtype)
-    lower = torch.full_like(advantages, low).masked_fill(advantages >= 0, -math.inf)
-    upper = torch.full_like(advantages, high).masked_fill(advantages < 0, math.inf)
+    lower = advantages.new_full(advantages.shape, low).masked_fill(advantages >= 0, -math.inf)
+    upper = advantages.new_full(advantages.shape, high).masked_fill(advantages < 0, math.inf)
     return -advantages * log_ratio.clamp(lower, upper).exp()
 
 
-def token_losses(
-    kind: str,
-    logprobs_R_T: torch.Tensor,
-    old_logprobs_R_T: torch.Tensor,
+def token_surrogate(
+    new_R_T: torch.Tensor,
+    old_R_T: torch.Tensor,
     mask_R_T: torch.Tensor,
     advantages_R: torch.Tensor,
-    *,
     clip_low: float,
     clip_high: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    r"""Losses of single tokens, to be averaged with `token_weights`; rho is the ratio of probabilities, new to old.
-
-    - `"dapo"`, `"dr_grpo"`, `"grpo"`: the clipped surrogate of each token (`clipped_surrogate`).
-    - `"gspo"` (arXiv 2507.18071; not GSPO-token): every token of row r holds the loss of the sequence,
-      -min(s A, clip(s) A) with s = exp(mean_t log rho_rt), so that their mean is that loss and its gradient reaches
-      each log-probability as -s A / length. Its clip ranges are of the order of 3e-4.
-    - `"cispo"` (MiniMax-M1, arXiv 2506.13585, Eq. 4-5): -sg(min(rho, 1 + clip_high)) A log pi, sg: no gradient flows.
-      The weight is capped above only, for both signs of A, as in the paper, which puts no lower bound on it: clip_low
-      is not used, and no token ever loses its gradient. Its values are no surrogate: they are not 0 on average at
-      rho = 1, so that the published games cannot be fed with them.
-
-    Args:
-        kind: one of `KINDS`.
-        logprobs_R_T: (R, T) log-probabilities under the policy that is trained, with gradient.
-        old_logprobs_R_T: (R, T) those that the ratio is taken against, without.
-        mask_R_T: (R, T) 1 or True where a completion token stands; padding may hold anything.
-        advantages_R: (R,) advantages, already times the weights of the games.
-        clip_low: the ratio is clipped below 1 - clip_low; nothing is where clip_low >= 1.
-        clip_high: the ratio is clipped above 1 + clip_high.
-
-    Returns:
-        losses_R_T: (R, T) losses, 0 at padding; linear in the advantage of the row as long as its sign stays.
-        clipped_R_T: (R, T) bool, where the clip holds back: rho above the range and A > 0, or below it and A < 0, where
-            no gradient is left; for `"gspo"` all tokens of such a row; for `"cispo"` tokens with a capped weight.
-
-    Raises:
-        UsageError: another kind.
-    """
-    _check(kind)
-    present = mask_R_T.bool()
-    new = torch.where(present, logprobs_R_T, 0.0)
-    old = torch.where(present, old_logprobs_R_T, 0.0)
-    advantages = advantages_R[:, None]
+    r"""The clipped surrogate of each token (`clipped_surrogate`), and where its clip leaves no gradient."""
     low, high = _log_range(clip_low, clip_high)
-    if kind == "cispo":
-        log_ratio = (new - old).detach()
-        return -log_ratio.clamp(max=high).exp() * advantages * new, (log_ratio > high) & (advantages != 0)
-    if kind == "gspo":
-        length = _length(mask_R_T)
-        new, old = (x.sum(-1, keepdim=True) / length for x in (new, old))
-    losses = torch.where(present, clipped_surrogate(new, old, advantages_R, clip_low, clip_high), 0.0)
-    log_ratio = (new - old).detach()
+    advantages, log_ratio = advantages_R[:, None], (new_R_T - old_R_T).detach()
     clipped = ((advantages > 0) & (log_ratio > high)) | ((advantages < 0) & (log_ratio < low))
-    return losses, clipped & present
+    return clipped_surrogate(new_R_T, old_R_T, advantages_R, clip_low, clip_high), clipped
 
 
-def token_weights(
-    kind: str, mask_R_T: torch.Tensor, *, tokens: float, rollouts: float, max_new_tokens: int
+def sequence_surrogate(
+    new_R_T: torch.Tensor,
+    old_R_T: torch.Tensor,
+    mask_R_T: torch.Tensor,
+    advantages_R: torch.Tensor,
+    clip_low: float,
+    clip_high: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""GSPO (arXiv 2507.18071; not GSPO-token): every token of row r holds the loss of the sequence,
+
+        -min(s A, clip(s) A),     s = exp(mean_t log rho_rt),
+
+    so that their mean is that loss and its gradient reaches each log-probability as -s A / length. Its clip ranges are
+    of the order of 3e-4; where it clips, it clips all tokens of the row.
+    """
+    length = _length(mask_R_T)
+    new, old = (x.sum(-1, keepdim=True) / length for x in (new_R_T, old_R_T))
+    losses, clipped = token_surrogate(new, old, mask_R_T, advantages_R, clip_low, clip_high)
+    return losses.expand_as(new_R_T), clipped.expand_as(new_R_T)
+
+
+def weighted_log_likelihood(
+    new_R_T: torch.Tensor,
+    old_R_T: torch.Tensor,
+    mask_R_T: torch.Tensor,
+    advantages_R: torch.Tensor,
+    clip_low: float,
+    clip_high: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""CISPO (MiniMax-M1, arXiv 2506.13585, Eq. 4-5): -sg(min(rho, 1 + clip_high)) A log pi, sg: no gradient flows.
+
+    The weight is capped above only, for both signs of A, as in the paper, which puts no lower bound on it: clip_low is
+    not used, and no token ever loses its gradient. Clipped are the tokens with a capped weight.
+    """
+    _, high = _log_range(clip_low, clip_high)
+    advantages, log_ratio = advantages_R[:, None], (new_R_T - old_R_T).detach()
+    return -log_ratio.clamp(max=high).exp() * advantages * new_R_T, (log_ratio > high) & (advantages != 0)
+
+
+def all_tokens(mask_R_T: torch.Tensor, tokens: float, rollouts: float, max_new_tokens: int) -> float:
+    """The tokens of the mini-batch: the mean over tokens."""
+    return tokens
+
+
+def rollouts_and_own_tokens(
+    mask_R_T: torch.Tensor, tokens: float, rollouts: float, max_new_tokens: int
 ) -> torch.Tensor:
-    r"""Factors u such that the loss of a mini-batch is the sum over all its rows of u times `token_losses`.
+    """(R, 1) rollouts x length of the row: the mean over rollouts of the mean over their tokens."""
+    return rollouts * _length(mask_R_T)
 
-    - `"dapo"`, `"cispo"`: 1 / tokens, the mean over tokens.
-    - `"grpo"`, `"gspo"`: 1 / (rollouts x length of the row), the mean over rollouts of the mean over their tokens.
-    - `"dr_grpo"`: 1 / (rollouts x max_new_tokens), a constant: long completions are not favoured.
+
+def rollouts_and_most_tokens(mask_R_T: torch.Tensor, tokens: float, rollouts: float, max_new_tokens: int) -> float:
+    """Rollouts x max_new_tokens, a constant: long completions are not favoured."""
+    return rollouts * max_new_tokens
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss of single tokens, and how they are averaged.
 
     Args:
-        kind: one of `KINDS`.
-        mask_R_T: (R, T) 1 or True where a completion token stands, of the rows at hand.
-        tokens: completion tokens of the whole mini-batch, in all micro-batches and processes; above 0.
-        rollouts: its rollouts, in the same sense; above 0.
-        max_new_tokens: longest completion, in tokens.
-
-    Returns:
-        (R, T) factors, 0 at padding.
-
-    Raises:
-        UsageError: another kind.
+        name: in the configuration.
+        terms: (new_R_T, old_R_T, mask_R_T, advantages_R, clip_low, clip_high) -> losses and whether clipped, (R, T)
+            each: how the ratio is taken and what becomes of it. Log-probabilities are 0 at padding; what is returned
+            there is not used.
+        denominator: (mask_R_T, tokens, rollouts, max_new_tokens) -> by what a token's loss is divided, a number or
+            (R, 1); see `token_weights`.
+        is_surrogate: at rho = 1 a token's loss is minus the advantage, so that losses are 0 on average over a group.
+            The published games can be fed with such losses only.
     """
-    _check(kind)
-    if kind in ("dapo", "cispo"):
-        return mask_R_T / tokens
-    if kind == "dr_grpo":
-        return mask_R_T / (rollouts * max_new_tokens)
-    return mask_R_T / (rollouts * _length(mask_R_T))
+
+    name: str
+    terms: Callable[
+        [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float, float], tuple[torch.Tensor, torch.Tensor]
+    ]
+    denominator: Callable[[torch.Tensor, float, float, int], torch.Tensor | float]
+    is_surrogate: bool
+
+    def token_losses(
+        self,
+        logprobs_R_T: torch.Tensor,
+        old_logprobs_R_T: torch.Tensor,
+        mask_R_T: torch.Tensor,
+        advantages_R: torch.Tensor,
+        *,
+        clip_low: float,
+        clip_high: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        r"""Losses of single tokens, to be averaged with `token_weights`; rho is the ratio of probabilities, new to old.
+
+        Args:
+            logprobs_R_T: (R, T) log-probabilities under the policy that is trained, with gradient.
+            old_logprobs_R_T: (R, T) those that the ratio is taken against, without.
+            mask_R_T: (R, T) 1 or True where a completion token stands; padding may hold anything.
+            advantages_R: (R,) advantages, already times the weights of the games.
+            clip_low: the ratio is clipped below 1 - clip_low; nothing is where clip_low >= 1.
+            clip_high: the ratio is clipped above 1 + clip_high.
+
+        Returns:
+            losses_R_T: (R, T) losses, 0 at padding; linear in the advantage of the row as long as its sign stays.
+            clipped_R_T: (R, T) bool, where the clip holds back. For a surrogate: rho above the range and A > 0, or
+                below it and A < 0, where no gradient is left.
+        """
+        absent = ~mask_R_T.bool()
+        new, old = logprobs_R_T.masked_fill(absent, 0.0), old_logprobs_R_T.masked_fill(absent, 0.0)
+        losses, clipped = self.terms(new, old, mask_R_T, advantages_R, clip_low, clip_high)
+        return losses.masked_fill(absent, 0.0), clipped & ~absent
+
+    def token_weights(
+        self, mask_R_T: torch.Tensor, *, tokens: float, rollouts: float, max_new_tokens: int
+    ) -> torch.Tensor:
+        r"""Factors u such that the loss of a mini-batch is the sum over all its rows of u times `token_losses`.
+
+        Args:
+            mask_R_T: (R, T) 1 or True where a completion token stands, of the rows at hand.
+            tokens: completion tokens of the whole mini-batch, in all micro-batches and processes; above 0.
+            rollouts: its rollouts, in the same sense; above 0.
+            max_new_tokens: longest completion, in tokens.
+
+        Returns:
+            (R, T) factors, 0 at padding.
+        """
+        return mask_R_T / self.denominator(mask_R_T, tokens, rollouts, max_new_tokens)
+
+
+LOSSES = {
+    loss.name: loss
+    for loss in (
+        Loss("dapo", token_surrogate, all_tokens, is_surrogate=True),
+        Loss("dr_grpo", token_surrogate, rollouts_and_most_tokens, is_surrogate=True),
+        Loss("grpo", token_surrogate, rollouts_and_own_tokens, is_surrogate=True),
+        Loss("gspo", sequence_surrogate, rollouts_and_own_tokens, is_surrogate=True),
+        Loss("cispo", weighted_log_likelihood, all_tokens, is_surrogate=False),
+    )
+}
 
 
 def kl_to_reference(logprobs_R_T: torch.Tensor, reference_R_T: torch.Tensor) -> torch.Tensor:
@@ -220,14 +287,13 @@ def kl_to_reference(logprobs_R_T: torch.Tensor, reference_R_T: torch.Tensor) -> 
     return gap.expm1() - gap
 
 
-@torch.no_grad()
 def importance_weights(
     old_trainer_R_T: torch.Tensor, sampler_R_T: torch.Tensor, mask_R_T: torch.Tensor, cap: float
 ) -> torch.Tensor:
     r"""(R, T) truncated importance weights min(pi_trainer / pi_sampler, cap) of each token, without gradient.
 
     Both log-probabilities are of the weights that sampled: the ratio corrects the mismatch of two engines, and the
-    ratio inside `token_losses` is then taken against the trainer's own. 0 at padding, whatever that holds.
+    ratio inside `Loss.token_losses` is then taken against the trainer's own. 0 at padding, whatever that holds.
 
     Args:
         old_trainer_R_T: (R, T) log-probabilities by the trainer, before the first update of the batch.
@@ -235,13 +301,8 @@ def importance_weights(
         mask_R_T: (R, T) 1 or True where a completion token stands.
         cap: largest weight, above 0.
     """
-    log_ratio = torch.where(mask_R_T.bool(), old_trainer_R_T - sampler_R_T, -math.inf)
+    log_ratio = (old_trainer_R_T - sampler_R_T).detach().masked_fill(~mask_R_T.bool(), -math.inf)
     return log_ratio.clamp(max=math.log(cap)).exp()
-
-
-def _check(kind: str) -> None:
-    if kind not in KINDS:
-        raise UsageError(f"loss must be one of {', '.join(KINDS)}, got {kind!r}")
 
 
 def _log_range(clip_low: float, clip_high: float) -> tuple[float, float]:

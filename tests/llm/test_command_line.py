@@ -252,6 +252,7 @@ def test_presets_come_before_defaults_and_flags_before_presets(tmp_path, monkeyp
     )
     assert type(config.temperature) is float
     assert str(out) == os.path.join("runs", "p-grpo")
+    assert callable(flags.pop("report"))
     assert flags == {"resume": True, "fresh": False}
 
 

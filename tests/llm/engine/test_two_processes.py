@@ -27,6 +27,7 @@ from gdro_llm.engine.workers import (
     stop_workers,
     whole_weights,
 )
+from gdro_llm.training.batch import Batch
 from gdro_llm.training.losses import group_advantages, rollout_scale
 from gdro_llm.training.optimizer_state import load_optimizer_state, optimizer_state
 from gdro_llm.training.update import build_optimizer, update
@@ -70,9 +71,10 @@ def two_steps(config: Config, rewards: np.ndarray, rollouts: Rollouts, workers: 
     mine = part(rollouts, rows)
     advantages = group_advantages(rewards, OWNER, scale=True)[rows]
     scale = rollout_scale(WEIGHTS, COUNTS, OWNER, "prompt")[rows]
+    batch = Batch(mine, advantages, scale, np.ones(len(rows), bool))
 
     def step(policy: Policy, optimizer: torch.optim.Optimizer) -> tuple[np.ndarray, dict[str, float]]:
-        return update(policy, optimizer, mine, advantages, scale, config, workers)
+        return update(policy, optimizer, batch, config, workers)
 
     found: dict = {"gradients": {}}
 

@@ -116,9 +116,9 @@ def own_loop(config: Config, folder: Path, case: Case) -> Run:
     records: list[Record] = []
     update, build = trainer.update, trainer.build_controller
 
-    def keep_advantages(policy, optimizer, rollouts, advantages_R, scale_R, *others):
-        advantages.append(advantages_R * scale_R)
-        return update(policy, optimizer, rollouts, advantages_R, scale_R, *others)
+    def keep_advantages(policy, optimizer, batch, *others):
+        advantages.append(batch.advantages_R * batch.scale_R)
+        return update(policy, optimizer, batch, *others)
 
     def keep_controller(config: Config) -> GDROController:
         records.append(Record(build(config)))

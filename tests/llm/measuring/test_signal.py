@@ -2,6 +2,7 @@
 
 import json
 
+import literal
 import numpy as np
 import pytest
 
@@ -11,9 +12,16 @@ pytest.importorskip("transformers")
 from gdro_llm.cli import main  # noqa: E402
 from gdro_llm.config import Config, load_preset  # noqa: E402
 from gdro_llm.engine.policy import load_policy  # noqa: E402
-from gdro_llm.measuring.signal import _summary, exact_gradient  # noqa: E402
+from gdro_llm.engine.transformers import HFSampler  # noqa: E402
+from gdro_llm.engine.workers import ALONE  # noqa: E402
+from gdro_llm.measuring.signal import _summary, ascent, exact_gradient  # noqa: E402
 from gdro_llm.problems.cells import cell_problems  # noqa: E402
+from gdro_llm.problems.rewards import Grader  # noqa: E402
+from gdro_llm.training.clock import Clock  # noqa: E402
 from gdro_llm.training.evaluation import exact_rates  # noqa: E402
+from gdro_llm.training.planners import build_controller  # noqa: E402
+from gdro_llm.training.step import collect  # noqa: E402
+from gdro_llm.training.update import update  # noqa: E402
 
 
 @pytest.mark.parametrize("k", [1, 8])
@@ -51,6 +59,28 @@ def test_the_split_recovers_signal_and_noise(snr):
     assert found["SNR"]["low"] < found["SNR"]["value"] < found["SNR"]["high"]
     assert found["SNR"]["value"] == pytest.approx(snr, rel=0.05)
     assert found["cosine with u"]["value"] == pytest.approx(np.sqrt(snr / (1 + snr)), rel=0.03)
+
+
+@pytest.mark.parametrize("settings", [{}, {"loss": "gspo", "minibatches": 2, "passes": 2, "importance_cap": 2.0}])
+def test_the_direction_is_that_of_one_step_on_the_whole_batch(settings):
+    """Of plain gradient descent at rate 1; no weight moves, no gradient is left, and none of before is taken along."""
+    config = Config(**{**load_preset("quickstart"), "batch_size": 8, "controller": "recommended", **settings})
+    policy = load_policy(config)
+    with Grader(config) as grader:
+        problems = cell_problems("train", {"easy": 1, "middle": 1, "hard": 1}, seed=7)
+        parts = (build_controller(config), HFSampler(policy, config), grader, config, ALONE, Clock(policy.device))
+        batch = collect(0, problems, *parts).batch
+    before = literal.weights(policy)
+    for parameter in policy.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    direction = ascent(policy, batch, config)
+    assert all(torch.equal(before[name], weight) for name, weight in literal.weights(policy).items())
+    assert not literal.gradients(policy)
+    once = Config(**{**load_preset("quickstart"), **settings, "minibatches": 1, "passes": 1, "grad_clip": 1e9})
+    update(policy, torch.optim.SGD(policy.model.parameters(), lr=1.0), batch, once)
+    step = torch.cat([(weight - before[name]).flatten() for name, weight in literal.weights(policy).items()])
+    assert direction.norm() > 0
+    assert (direction - step).norm() < 1e-4 * step.norm()
 
 
 def test_the_command_measures_every_method_and_moves_no_weight(tmp_path, capsys):

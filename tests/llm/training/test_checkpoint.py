@@ -17,6 +17,7 @@ import torch
 from test_run_directory import assert_same_end, assert_same_run, files
 from torch.distributed.fsdp import fully_shard
 
+import gdro_llm.training.batch as batch
 import gdro_llm.training.checkpoint as checkpoint
 import gdro_llm.training.trainer as trainer
 from gdro_llm.config import UsageError
@@ -225,7 +226,7 @@ def test_a_loss_that_is_no_number_stops_the_run_before_the_weights_are_spoiled(
     run_config, finished, tmp_path, monkeypatch
 ):
     """The message names the step and the remedy; the run as it was can go on from its checkpoint."""
-    out, advantages, calls = tmp_path / "diverged", trainer.group_advantages, iter(range(10**9))
+    out, advantages, calls = tmp_path / "diverged", batch.group_advantages, iter(range(10**9))
     steps = []
     with monkeypatch.context() as patch:
 
@@ -233,7 +234,7 @@ def test_a_loss_that_is_no_number_stops_the_run_before_the_weights_are_spoiled(
             found = advantages(*args, **kwargs)
             return np.full_like(found, np.inf) if next(calls) == 3 else found
 
-        patch.setattr(trainer, "group_advantages", infinite_in_step_4)
+        patch.setattr(batch, "group_advantages", infinite_in_step_4)
         step = torch.optim.AdamW.step
         patch.setattr(torch.optim.AdamW, "step", lambda *a, **k: (steps.append(1), step(*a, **k))[1])
         with pytest.raises(

@@ -1,6 +1,11 @@
 """Advantages, losses and their means against literal loops; what `preserve_objective` preserves, by enumeration."""
 
+import inspect
+import os
+import subprocess
+import sys
 from itertools import product
+from pathlib import Path
 
 import literal
 import numpy as np
@@ -11,18 +16,20 @@ from hypothesis import strategies as st
 
 from gdro_core import GDROController, OnlineDifficultyClassifier, RolloutGDRO
 from gdro_core.grpo import gradient_weight
-from gdro_llm.config import UsageError
+from gdro_llm.config import Config, UsageError
 from gdro_llm.training.losses import (
-    KINDS,
+    LOSSES,
+    Loss,
+    all_tokens,
     clipped_surrogate,
     group_advantages,
     importance_weights,
     kl_to_reference,
     overlong_penalty,
     rollout_scale,
-    token_losses,
-    token_weights,
 )
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}  # of commands in processes of their own
 
 groups = st.lists(
     st.lists(st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0, 1)), min_size=1, max_size=9), min_size=1, max_size=7
@@ -154,8 +161,7 @@ def ragged(seed: int, rows: int = 40, width: int = 7) -> dict[str, torch.Tensor]
 
 
 def losses_of(kind, data, new=None):
-    return token_losses(
-        kind,
+    return LOSSES[kind].token_losses(
         data["new"] if new is None else new,
         data["old"],
         data["mask"],
@@ -167,12 +173,12 @@ def losses_of(kind, data, new=None):
 
 def weights_of(kind, data):
     mask = data["mask"]
-    return token_weights(
-        kind, mask.double(), tokens=float(mask.sum()), rollouts=float(len(mask)), max_new_tokens=LONGEST
+    return LOSSES[kind].token_weights(
+        mask.double(), tokens=float(mask.sum()), rollouts=float(len(mask)), max_new_tokens=LONGEST
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LOSSES)
 def test_loss_and_gradient_equal_a_loop_over_sequences_and_tokens(kind):
     """Each token's loss, the batch's and its gradient, on ragged rows, clipped in both directions."""
     data = ragged(0)
@@ -210,7 +216,7 @@ def test_loss_and_gradient_equal_a_loop_over_sequences_and_tokens(kind):
         assert ((gradient != 0) == (mask & (up | down))).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LOSSES)
 def test_gradient_equals_finite_differences_away_from_kinks(kind):
     """torch.autograd.gradcheck in float64. CISPO's weights hold no gradient, so there all of them are capped."""
     data = ragged(1, rows=12, width=4)
@@ -229,7 +235,7 @@ def test_gradient_equals_finite_differences_away_from_kinks(kind):
     assert torch.autograd.gradcheck(loss, data["new"].detach().requires_grad_())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LOSSES)
 def test_all_kinds_have_the_policy_gradient_at_ratio_one(kind):
     """-A grad log pi times the token's weight; nothing is clipped."""
     data = ragged(2)
@@ -252,29 +258,29 @@ def test_clipped_tokens_of_each_kind():
         "gspo": [[0] * 5, [0] * 5, [0] * 5],  # their geometric mean is 1.01
     }
     expected["dr_grpo"] = expected["grpo"] = expected["dapo"]
-    for kind in KINDS:
-        _, clipped = token_losses(kind, gaps, 0 * gaps, mask, advantages, clip_low=LOW, clip_high=HIGH)
+    for kind, loss in LOSSES.items():
+        _, clipped = loss.token_losses(gaps, 0 * gaps, mask, advantages, clip_low=LOW, clip_high=HIGH)
         assert clipped.dtype == torch.bool
         assert clipped.int().tolist() == expected[kind]
     for shift, clips in ((0.5, 0), (-0.5, 1)):
-        _, clipped = token_losses("gspo", gaps + shift, 0 * gaps, mask, advantages, clip_low=LOW, clip_high=HIGH)
+        _, clipped = LOSSES["gspo"].token_losses(gaps + shift, 0 * gaps, mask, advantages, clip_low=LOW, clip_high=HIGH)
         assert clipped.int().tolist() == [[1, 1, 1, 1, 0] if r == clips else [0] * 5 for r in range(3)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LOSSES)
 def test_a_clip_below_zero_is_no_clip(kind):
     """clip_low of 1 and more leaves ratios free below, as with a tiny one that is never reached."""
     data = ragged(3)
     for clip_low in (1.0, 5.0):
         arguments = (data["new"], data["old"], data["mask"], data["advantages"])
-        losses, clipped = token_losses(kind, *arguments, clip_low=clip_low, clip_high=HIGH)
-        expected, fewer = token_losses(kind, *arguments, clip_low=1 - 1e-9, clip_high=HIGH)
+        losses, clipped = LOSSES[kind].token_losses(*arguments, clip_low=clip_low, clip_high=HIGH)
+        expected, fewer = LOSSES[kind].token_losses(*arguments, clip_low=1 - 1e-9, clip_high=HIGH)
         assert torch.equal(losses, expected)
         assert torch.equal(clipped, fewer)
 
 
 @pytest.mark.parametrize("junk", [float("nan"), float("inf"), -float("inf"), 1e4])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LOSSES)
 def test_padding_may_hold_anything(kind, junk):
     """Losses, gradients, weights and importance weights are what they are without it, and 0 there."""
     data = ragged(4)
@@ -290,14 +296,14 @@ def test_padding_may_hold_anything(kind, junk):
     assert (importance_weights(dirty, data["old"], data["mask"], 2.0)[~data["mask"]] == 0).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LOSSES)
 def test_huge_ratios_make_no_nan(kind):
     """Beyond float32's exp: what the clip cuts off is exact; what it leaves is infinite, never NaN."""
     gaps = torch.tensor([[300.0], [-300.0]]).repeat(3, 1)
     advantages = torch.tensor([2.0, 2.0, 0.0, 0.0, -2.0, -2.0])
     new = (gaps - 400.0).requires_grad_()
-    losses, _ = token_losses(
-        kind, new, torch.full_like(gaps, -400.0), torch.ones_like(gaps), advantages, clip_low=LOW, clip_high=HIGH
+    losses, _ = LOSSES[kind].token_losses(
+        new, torch.full_like(gaps, -400.0), torch.ones_like(gaps), advantages, clip_low=LOW, clip_high=HIGH
     )
     (gradient,) = torch.autograd.grad(losses.sum(), new)
     if kind == "cispo":
@@ -309,7 +315,7 @@ def test_huge_ratios_make_no_nan(kind):
         np.testing.assert_array_equal(gradient[:, 0], [0, 0, 0, 0, np.inf, 0])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LOSSES)
 def test_weights_times_ones_is_the_documented_mean(kind):
     """1 for the means over tokens and over rollouts; mean length / max_new_tokens for Dr.GRPO; 0 without tokens."""
     data = ragged(5)
@@ -321,10 +327,10 @@ def test_weights_times_ones_is_the_documented_mean(kind):
     shares |= {"cispo": shares["dapo"], "gspo": shares["grpo"]}
     np.testing.assert_allclose(per_row, shares[kind])
     empty = torch.zeros(2, 3, dtype=torch.bool)
-    assert (token_weights(kind, empty, tokens=5.0, rollouts=2.0, max_new_tokens=4) == 0).all()
+    assert (LOSSES[kind].token_weights(empty, tokens=5.0, rollouts=2.0, max_new_tokens=4) == 0).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LOSSES)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_micro_batches_add_up_to_the_mini_batch(kind, seed):
     """Rows in any order and pieces, each cut to its longest row: the same loss and gradient."""
@@ -339,8 +345,8 @@ def test_micro_batches_add_up_to_the_mini_batch(kind, seed):
         if len(rows):
             width = int(data["mask"][rows].sum(-1).max())
             part = {n: x[rows] if n == "advantages" else x[rows, :width] for n, x in data.items()}
-            weights = token_weights(
-                kind, part["mask"], tokens=float(data["mask"].sum()), rollouts=15.0, max_new_tokens=LONGEST
+            weights = LOSSES[kind].token_weights(
+                part["mask"], tokens=float(data["mask"].sum()), rollouts=15.0, max_new_tokens=LONGEST
             )
             loss = loss + (weights * losses_of(kind, part)[0]).sum()
     (gradient,) = torch.autograd.grad(loss, new)
@@ -348,7 +354,7 @@ def test_micro_batches_add_up_to_the_mini_batch(kind, seed):
     np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LOSSES)
 @given(seed=st.integers(0, 2**32 - 1), weight=st.floats(0.01, 100.0))
 def test_a_prompts_weight_scales_exactly_its_contribution(kind, seed, weight):
     """Advantages times w: losses and gradient of its rows times w, clipped or not; the others' bit for bit the same."""
@@ -370,12 +376,73 @@ def test_a_prompts_weight_scales_exactly_its_contribution(kind, seed, weight):
     assert torch.equal(before[2], after[2])
 
 
-def test_an_unknown_kind_is_refused():
-    """By both functions, naming the argument, the rule and the value."""
+def test_a_loss_that_is_not_listed_is_refused():
+    """The table has every loss under its name; the configuration names argument, rule and value of another."""
+    assert all(loss.name == name for name, loss in LOSSES.items())
+    with pytest.raises(UsageError, match="loss must be one of dapo, dr_grpo, grpo, gspo, cispo, got 'ppo'"):
+        Config(loss="ppo")
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_a_surrogate_is_minus_the_advantage_at_ratio_one(kind):
+    """So that its mean over a group is 0, as the published games need; with another loss they are refused."""
     data = ragged(6)
-    for call in (losses_of, weights_of):
-        with pytest.raises(UsageError, match="loss must be one of dapo, dr_grpo, grpo, gspo, cispo, got 'ppo'"):
-            call("ppo", data)
+    losses, _ = losses_of(kind, data | {"old": data["new"]})
+    expected = torch.where(data["mask"], -data["advantages"][:, None], 0.0)
+    assert torch.allclose(losses, expected) == LOSSES[kind].is_surrogate
+    if not LOSSES[kind].is_surrogate:
+        with pytest.raises(UsageError, match=f"loss must not be '{kind}' with a published controller"):
+            Config(loss=kind, controller="published-prompt")
+
+
+def reinforce(new_R_T, old_R_T, mask_R_T, advantages_R, clip_low, clip_high):
+    return -advantages_R[:, None] * new_R_T, mask_R_T.bool() & False
+
+
+WITH_REINFORCE = f"""
+import sys
+from gdro_llm.training.losses import LOSSES, Loss, all_tokens
+{inspect.getsource(reinforce)}
+LOSSES["reinforce"] = Loss("reinforce", reinforce, all_tokens, is_surrogate=False)
+from gdro_llm.cli import main
+sys.exit(main())
+"""
+
+
+def test_a_new_loss_is_one_record(tmp_path):
+    """REINFORCE, -A log pi in the mean over tokens: the losses of its definition at any ratio; the command takes it,
+    trains with it and keeps it from the published games, without another line of code."""
+    loss, data = Loss("reinforce", reinforce, all_tokens, is_surrogate=False), ragged(7)
+    arguments = (data[name] for name in ("new", "old", "mask", "advantages"))
+    losses, clipped = loss.token_losses(*arguments, clip_low=LOW, clip_high=HIGH)
+    rows = zip(data["advantages"].tolist(), data["new"].tolist(), data["mask"].tolist(), strict=True)
+    expected = [[-a * x if m else 0.0 for x, m in zip(new, mask, strict=True)] for a, new, mask in rows]
+    np.testing.assert_allclose(losses, expected)
+    assert not clipped.any()
+
+    (tmp_path / "with_reinforce.py").write_text(WITH_REINFORCE)
+
+    def train(*flags: str) -> subprocess.CompletedProcess:
+        quick = ["--steps", "1", "--batch-size", "8", "--test-problems", "5", "--out", str(tmp_path / "run")]
+        command = [sys.executable, str(tmp_path / "with_reinforce.py"), "train", "quickstart", *quick]
+        return subprocess.run(
+            [*command, "--loss", "reinforce", *flags], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+        )
+
+    refused = train("--controller", "published-prompt")
+    assert refused.returncode == 2
+    assert "loss must not be 'reinforce' with a published controller" in refused.stderr
+    done = train()
+    assert done.returncode == 0, done.stderr
+    (row,) = literal.read_log(tmp_path / "run" / "metrics.jsonl")
+    assert row["grad_norm"] > 0
+    assert row["clip_share"] == 0
+
+
+def test_the_table_of_losses_needs_no_torch():
+    """The configuration reads it, and the command line starts without torch."""
+    code = "import sys, gdro_llm.config, gdro_llm.training.losses; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, timeout=60).returncode == 0
 
 
 @given(st.floats(-30, 0), st.floats(-30, 0))
@@ -484,8 +551,7 @@ def expected_gradient(
         np.tile(weights, len(drawn)), np.tile(counts, len(drawn)), group, aggregation
     )
     mask = torch.from_numpy(np.arange(2) < lengths[:, None])
-    losses, _ = token_losses(
-        kind,
+    losses, _ = LOSSES[kind].token_losses(
         new_P_C_T[row, completion],
         old_P_C_T[row, completion],
         mask,
@@ -500,7 +566,9 @@ def expected_gradient(
     chance = torch.from_numpy(np.repeat(probability, len(owner)))
     for total in np.unique(tokens):
         rows = torch.from_numpy(tokens == total)
-        weights_R_T = token_weights(kind, mask[rows].double(), tokens=float(total), rollouts=rollouts, max_new_tokens=2)
+        weights_R_T = LOSSES[kind].token_weights(
+            mask[rows].double(), tokens=float(total), rollouts=rollouts, max_new_tokens=2
+        )
         loss = loss + (chance[rows, None] * weights_R_T * losses[rows]).sum()
     return torch.autograd.grad(loss, theta)[0].numpy()
 
@@ -522,7 +590,7 @@ EXACT = 1e-6  # of which group_advantages' 1e-6 beside the deviation takes a par
 
 
 @pytest.mark.parametrize("drift", [0.0, 1.0])  # on policy; far off it, with clipped tokens of both kinds
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LOSSES)
 def test_counts_do_not_move_the_mean_update_where_completions_have_one_length(kind, drift):
     """With the correction it is that of n_bar rollouts each; without, it is not."""
     assert departure(kind, table=SINGLE, drift=drift) < EXACT
@@ -575,7 +643,7 @@ def test_mini_batches_need_the_planned_number_of_rollouts(kind):
     np.testing.assert_allclose(realised, 1.5 * even, atol=EXACT * np.abs(even).max())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LOSSES)
 def test_the_controllers_own_plan_preserves_the_mean_update(kind):
     """Its counts and weights, at the pass rates that it believes: the mean update of 3 rollouts each."""
     controller = GDROController(

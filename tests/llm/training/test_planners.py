@@ -6,7 +6,7 @@ import pytest
 from gdro_core import HIT, MIXED, ChiSquare, CVaR, Entropic, GDROController, gradient_weight
 from gdro_llm.config import Config, UsageError
 from gdro_llm.training.planners import build_controller
-from gdro_llm.training.trainer import turned_round
+from gdro_llm.training.step import flip_rewards
 
 IDS = [f"p{i}" for i in range(64)]
 P = np.linspace(0.02, 0.98, len(IDS))
@@ -172,7 +172,7 @@ def test_settings_without_effect_or_sense_are_refused(settings, message):
 def test_reward_noise_turns_its_share_of_the_grades_round(share):
     """To 5 standard errors; a grade is either as it was or 1 minus it, also where it is a fraction."""
     grades = np.tile([0.0, 1.0, 0.25], 10_000)
-    found = turned_round(grades, np.arange(len(grades)), len(grades), Config(reward_noise=share), step=3)
+    found = flip_rewards(grades, np.arange(len(grades)), len(grades), Config(reward_noise=share), step=3)
     wrong = found != grades
     assert (found[wrong] == 1 - grades[wrong]).all()
     for value in (0.0, 1.0, 0.25):
@@ -183,10 +183,10 @@ def test_reward_noise_belongs_to_seed_step_and_row():
     """Whichever rows a process holds, in whatever order; another step or seed turns others round; none turns none."""
     rng = np.random.default_rng(0)
     grades, config = (rng.random(500) < 0.5).astype(float), Config(reward_noise=0.3)
-    whole = turned_round(grades, np.arange(500), 500, config, 7)
+    whole = flip_rewards(grades, np.arange(500), 500, config, 7)
     order = rng.permutation(500)
     for rows in (order[:200], order[200:]):
-        assert turned_round(grades[rows], rows, 500, config, 7).tolist() == whole[rows].tolist()
+        assert flip_rewards(grades[rows], rows, 500, config, 7).tolist() == whole[rows].tolist()
     for other, step in ((config, 8), (Config(reward_noise=0.3, seed=1), 7)):
-        assert (turned_round(grades, np.arange(500), 500, other, step) != whole).any()
-    assert turned_round(grades, np.arange(500), 500, Config(), 7).tolist() == grades.tolist()
+        assert (flip_rewards(grades, np.arange(500), 500, other, step) != whole).any()
+    assert flip_rewards(grades, np.arange(500), 500, Config(), 7).tolist() == grades.tolist()

@@ -15,6 +15,7 @@ from test_run_directory import assert_same_end, die_at, fork_and_die
 import gdro_llm.training.trainer as trainer
 from gdro_llm.engine.rollouts import Rollouts, joined
 from gdro_llm.measuring.report import write_report
+from gdro_llm.training.batch import Refill
 from gdro_llm.training.trainer import train
 
 FIELDS = [field.name for field in dataclasses.fields(Rollouts)]
@@ -76,40 +77,41 @@ def test_a_batch_is_the_next_mixed_groups(config, tmp_path, monkeypatch):
     """What the update gets equals the mixed groups put together by hand, exactly batch_size of them, in the order in
     which they were sampled; what is over is dropped; all rollouts count; nothing is saved while groups wait."""
     sampled, trained, steps, saved = [], [], [], []
-    refill, update, save = trainer.Run.refill, trainer.update, trainer.save_checkpoint
+    add, update, save = Refill.add, trainer.update, trainer.save_checkpoint
 
-    def spied_refill(self, rollouts, advantages, scale):
-        sampled.append((rollouts, advantages, scale))
-        found = refill(self, rollouts, advantages, scale)
-        assert (found is None) == bool(self.waiting)
-        steps.append(found is not None)
-        return found
+    def spied_add(self, batch):
+        sampled.append(batch)
+        whole = add(self, batch)
+        assert (whole is None) == bool(self.waiting)
+        steps.append(whole is not None)
+        return whole
 
-    def spied_update(policy, optimizer, rollouts, advantages, scale, config, workers, included):
-        trained.append((rollouts, advantages, scale, included, len(sampled)))
-        return update(policy, optimizer, rollouts, advantages, scale, config, workers, included)
+    def spied_update(policy, optimizer, batch, config, workers):
+        trained.append((batch, len(sampled)))
+        return update(policy, optimizer, batch, config, workers)
 
-    monkeypatch.setattr(trainer.Run, "refill", spied_refill)
+    monkeypatch.setattr(Refill, "add", spied_add)
     monkeypatch.setattr(trainer, "update", spied_update)
     monkeypatch.setattr(trainer, "save_checkpoint", lambda *args: (saved.append(args[1]), save(*args))[1])
     train(config, tmp_path)
     assert 0 < sum(steps) < 8, "some steps must wait and some must train for this to tell anything"
     begin = 0
-    for rollouts, advantages, scale, included, end in trained:
+    for batch, end in trained:
         groups = []
-        for drawn, a, s in sampled[begin:end]:
+        for waited in sampled[begin:end]:
+            drawn, a, s = waited.rollouts, waited.advantages_R, waited.scale_R
             owner = drawn.owner_R.tolist()
             for p in range(len(drawn.prompts)):
                 rows = [r for r in range(len(owner)) if owner[r] == p]
                 if any(a[r] > 0 for r in rows) and any(a[r] < 0 for r in rows):
                     groups.append((part(drawn, rows), [a[r] for r in rows], [s[r] for r in rows]))
-        assert sum(len(d.prompts) for d, _, _ in sampled[begin:end]) > len(groups) >= 8
+        assert sum(len(waited.rollouts.prompts) for waited in sampled[begin:end]) > len(groups) >= 8
         by_hand = joined([group for group, _, _ in groups[:8]])
-        assert_same(rollouts, by_hand)
-        assert len(rollouts.prompts) == 8
-        assert advantages.tolist() == [x for _, a, _ in groups[:8] for x in a]
-        assert scale.tolist() == [x for _, _, s in groups[:8] for x in s]
-        assert included.all()
+        assert_same(batch.rollouts, by_hand)
+        assert len(batch.rollouts.prompts) == 8
+        assert batch.advantages_R.tolist() == [x for _, a, _ in groups[:8] for x in a]
+        assert batch.scale_R.tolist() == [x for _, _, s in groups[:8] for x in s]
+        assert batch.included_R.all()
         begin = end
     rows = literal.read_log(tmp_path / "metrics.jsonl")
     assert [row["rollouts"] for row in rows] == [32 * step for step in range(1, 9)]

@@ -472,3 +472,20 @@ def test_the_logged_sample_has_its_own_prompt_and_reward(run_config, finished):
     for row in rows:
         assert row["prompt"] == problems[row["id"]].prompt
         assert row["reward"] == grade_exact(problems[row["id"]], row["completion"])
+
+
+@pytest.mark.parametrize(("pause", "reports"), [(-1.0, 3), (60.0, 0)])
+def test_a_report_follows_evaluations_but_not_too_often(run_config, tmp_path, monkeypatch, pause, reports):
+    """It gets the run directory, whose logs hold the evaluation already; without one the run writes none."""
+    monkeypatch.setattr(trainer, "REPORT_EVERY", pause)
+    steps = []
+
+    def report(out):
+        assert out == tmp_path / "run"
+        steps.append(literal.read_log(out / "evaluations.jsonl")[-1]["step"])
+
+    config = run_config(steps=5, eval_every=2, save_every=5)
+    train(config, tmp_path / "run", report=report)
+    assert steps == [2, 4, 5][:reports]
+    train(config, tmp_path / "quiet")
+    assert not list((tmp_path / "quiet").glob("report*"))

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-import gdro_llm.training.update
+import gdro_llm.training.gradient
 from gdro_llm.config import UsageError
 from gdro_llm.engine.policy import load_policy
 from gdro_llm.engine.rollouts import Rollouts
+from gdro_llm.training.batch import Batch
 from gdro_llm.training.evaluation import draw_seed
+from gdro_llm.training.gradient import BatchLoss
 from gdro_llm.training.losses import group_advantages, rollout_scale
-from gdro_llm.training.trainer import step_seed
+from gdro_llm.training.step import step_seed
 from gdro_llm.training.update import build_optimizer, set_learning_rate, update
 
 PROMPTS = [*literal.PROMPTS, "r123="]
@@ -25,12 +27,17 @@ REWARDS = np.random.default_rng(3).integers(0, 2, OWNER.size).astype(float)
 REWARDS[OWNER == 2], REWARDS[OWNER == 3] = 1.0, 0.0  # two groups without a signal
 
 
-def batch(policy, rewards=REWARDS, *, drift=0.0, seed=0):
-    """Rollouts; with `drift` their old log-probabilities are off the policy's, so that clipping matters."""
+def sampled(policy, rewards=REWARDS, *, drift=0.0, seed=0):
+    """Rollouts and their advantages; with `drift` the old log-probabilities are off the policy's: clipping matters."""
     rollouts = literal.sample(policy, literal.prompts(policy, PROMPTS), COUNTS, 6, seed=seed, rows=100)
     noise = torch.randn(rollouts.logprobs_R_T.shape, generator=torch.Generator().manual_seed(1))
     rollouts.logprobs_R_T = rollouts.logprobs_R_T + drift * noise * rollouts.mask_R_T
     return rollouts, group_advantages(rewards, OWNER, scale=True)
+
+
+def record(rollouts, advantages, scale, included=None):
+    """What enters the loss; all rows are included where nothing else is said."""
+    return Batch(rollouts, advantages, scale, np.ones(len(scale), bool) if included is None else included)
 
 
 def literal_update(policy, optimizer, rollouts, config, rewards=REWARDS, weights=WEIGHTS):
@@ -86,9 +93,9 @@ def test_a_step_is_the_step_of_the_documented_loss(tiny_config, settings, update
     config = tiny_config(**{"batch_size": 6, "update_tokens": 6 * update_rows, "grad_clip": 1e6} | settings)
     policy, slow = load_policy(config), load_policy(config)
     before = literal.weights(policy)
-    rollouts, advantages = batch(policy, drift=drift)
+    rollouts, advantages = sampled(policy, drift=drift)
     scale = rollout_scale(WEIGHTS, COUNTS, OWNER, config.aggregation)
-    losses, metrics = update(policy, sgd(policy), rollouts, advantages, scale, config)
+    losses, metrics = update(policy, sgd(policy), record(rollouts, advantages, scale), config)
     expected_losses, expected_share = literal_update(slow, sgd(slow), rollouts, config)
     after, expected = literal.weights(policy), literal.weights(slow)
     for name in before:
@@ -104,9 +111,10 @@ def test_unscaled_advantages_reach_the_gradient(tiny_config):
     """Dr.GRPO's advantages are the caller's: update uses what it is given."""
     config = tiny_config(batch_size=6, scale_rewards=False, grad_clip=1e6)
     policy, slow = load_policy(config), load_policy(config)
-    rollouts, _ = batch(policy)
+    rollouts, _ = sampled(policy)
     advantages = group_advantages(REWARDS, OWNER, scale=False)
-    update(policy, sgd(policy), rollouts, advantages, rollout_scale(WEIGHTS, COUNTS, OWNER, config.aggregation), config)
+    scale = rollout_scale(WEIGHTS, COUNTS, OWNER, config.aggregation)
+    update(policy, sgd(policy), record(rollouts, advantages, scale), config)
     literal_update(slow, sgd(slow), rollouts, config)
     after, expected = literal.weights(policy), literal.weights(slow)
     assert all(torch.allclose(after[name], expected[name], atol=2e-5) for name in after)
@@ -116,9 +124,9 @@ def test_the_published_payoff_is_blind_at_ratio_one(tiny_config):
     """F1: right after sampling Eq. 7's loss is 0 for every prompt, whatever its difficulty, weight and group size."""
     config = tiny_config(batch_size=6)
     policy = load_policy(config)
-    rollouts, advantages = batch(policy)
+    rollouts, advantages = sampled(policy)
     scale = rollout_scale(WEIGHTS, COUNTS, OWNER, "prompt")
-    losses, _ = update(policy, sgd(policy), rollouts, advantages, scale, config)
+    losses, _ = update(policy, sgd(policy), record(rollouts, advantages, scale), config)
     np.testing.assert_allclose(losses, 0.0, atol=1e-5)
 
 
@@ -128,13 +136,38 @@ def test_prompt_losses_do_not_see_the_weights(tiny_config):
     found = []
     for weights in (np.ones(6), WEIGHTS, 1e-3 * WEIGHTS):
         policy = load_policy(config)
-        rollouts, advantages = batch(policy, drift=0.3)
+        rollouts, advantages = sampled(policy, drift=0.3)
         scale = rollout_scale(weights, COUNTS, OWNER, "prompt")
-        found.append(update(policy, sgd(policy), rollouts, advantages, scale, config)[0])
+        found.append(update(policy, sgd(policy), record(rollouts, advantages, scale), config)[0])
     np.testing.assert_allclose(found[1], found[0], atol=1e-5)
     np.testing.assert_allclose(found[2], found[0], atol=1e-5)
     assert np.abs(found[0]).max() > 0.05
     assert (found[0][2:4] == 0).all(), "groups without a signal"
+
+
+@pytest.mark.parametrize("minibatches", [1, 3])
+def test_gradients_add_up_and_move_no_weight(tiny_config, minibatches):
+    """Over all mini-batches: minus the sum of the steps of plain gradient descent, each taken from the same weights."""
+    config = tiny_config(batch_size=6, minibatches=minibatches, grad_clip=1e6)
+    policy = load_policy(config)
+    before = literal.weights(policy)
+    batch = record(*sampled(policy, drift=0.3), rollout_scale(WEIGHTS, COUNTS, OWNER, "prompt"))
+    objective = BatchLoss(policy, batch, config)
+    sums = [objective.gradient(minibatch) for minibatch in objective.minibatches]
+    assert all(torch.equal(before[name], weight) for name, weight in literal.weights(policy).items())
+    gradients = literal.gradients(policy)
+    steps = {name: torch.zeros_like(weight) for name, weight in before.items()}
+    losses = []
+    for minibatch in range(minibatches):
+        other = load_policy(config)
+        kept = np.flatnonzero(OWNER // (6 // minibatches) == minibatch)
+        _, metrics = update(other, sgd(other, 1.0), batch.select(kept), replace(config, minibatches=1))
+        losses.append(metrics["loss"])
+        for name, weight in literal.weights(other).items():
+            steps[name] += weight - before[name]
+    assert [float(found.loss) for found in sums] == pytest.approx(losses, rel=1e-5)
+    for name, step in steps.items():
+        assert (step + gradients[name]).norm() < 1e-4 * step.norm(), name
 
 
 def test_a_batch_without_signal_changes_nothing(tiny_config):
@@ -142,11 +175,11 @@ def test_a_batch_without_signal_changes_nothing(tiny_config):
     config = tiny_config(batch_size=6, minibatches=2)
     policy = load_policy(config)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=0.1, weight_decay=0.1)
-    rollouts, advantages = batch(policy)
-    update(policy, optimizer, rollouts, advantages, np.ones(OWNER.size), config)
+    rollouts, advantages = sampled(policy)
+    update(policy, optimizer, record(rollouts, advantages, np.ones(OWNER.size)), config)
     before = literal.weights(policy)
-    rollouts, advantages = batch(policy, (OWNER % 2).astype(float), seed=1)
-    losses, metrics = update(policy, optimizer, rollouts, advantages, np.ones(OWNER.size), config)
+    rollouts, advantages = sampled(policy, (OWNER % 2).astype(float), seed=1)
+    losses, metrics = update(policy, optimizer, record(rollouts, advantages, np.ones(OWNER.size)), config)
     after = literal.weights(policy)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert (losses == 0).all()
@@ -158,14 +191,14 @@ def test_sampler_kl_is_zero_for_the_sampler_itself_and_estimates_the_divergence_
     first; with drifted log-probabilities the mean of ratio - 1 - log ratio over the first minibatch's tokens."""
     config = tiny_config(batch_size=6, minibatches=3)
     policy = load_policy(config)
-    rollouts, advantages = batch(policy)
-    _, metrics = update(policy, sgd(policy), rollouts, advantages, np.ones(OWNER.size), config)
+    rollouts, advantages = sampled(policy)
+    _, metrics = update(policy, sgd(policy), record(rollouts, advantages, np.ones(OWNER.size)), config)
     assert 0 <= metrics["sampler_kl"] < 1e-9
     assert metrics["clip_share"] > 0, "the second and third minibatch are off-policy"
 
     config = replace(config, minibatches=1)
     policy = load_policy(config)
-    rollouts, advantages = batch(policy, drift=0.2)
+    rollouts, advantages = sampled(policy, drift=0.2)
     terms = []
     for r, completion in enumerate(literal.rows(rollouts.tokens_R_T, rollouts.mask_R_T)):
         if advantages[r] != 0:
@@ -173,7 +206,7 @@ def test_sampler_kl_is_zero_for_the_sampler_itself_and_estimates_the_divergence_
                 gap = literal.logprobs_of(policy, PROMPTS[OWNER[r]], completion).numpy()
             gap = gap - rollouts.logprobs_R_T[r, : len(completion)].numpy()
             terms += (np.exp(gap) - 1 - gap).tolist()
-    _, metrics = update(policy, sgd(policy), rollouts, advantages, np.ones(OWNER.size), config)
+    _, metrics = update(policy, sgd(policy), record(rollouts, advantages, np.ones(OWNER.size)), config)
     assert metrics["sampler_kl"] == pytest.approx(np.mean(terms), rel=1e-3)
 
 
@@ -184,9 +217,9 @@ def test_frozen_layers_stay_and_the_others_move_as_without_freezing(tiny_config)
         config = tiny_config(batch_size=6, trainable_layers=layers, grad_clip=1e6)
         policy = load_policy(config)
         before = literal.weights(policy)
-        rollouts, advantages = batch(policy)
+        rollouts, advantages = sampled(policy)
         optimizer = torch.optim.SGD([p for p in policy.model.parameters() if p.requires_grad], lr=0.05)
-        update(policy, optimizer, rollouts, advantages, np.ones(OWNER.size), config)
+        update(policy, optimizer, record(rollouts, advantages, np.ones(OWNER.size)), config)
         found.append({name: value - before[name] for name, value in literal.weights(policy).items()})
     for name in found[0]:
         if name.startswith("model.layers.1.") or name == "model.norm.weight":
@@ -276,15 +309,13 @@ def test_every_option_is_the_loss_written_out(tiny_config, settings, masked, upd
     config = tiny_config(batch_size=6, grad_clip=1e6, update_tokens=update_tokens, **settings)
     included = np.arange(OWNER.size) % 5 != 0 if masked else np.ones(OWNER.size, bool)
     policy, slow = load_policy(config), load_policy(config)
-    rollouts, advantages = batch(policy, drift=0.3)
+    rollouts, advantages = sampled(policy, drift=0.3)
     scale = rollout_scale(WEIGHTS, COUNTS, OWNER, "prompt")
     move(policy, 0.05)
     move(slow, 0.05)
     before = literal.weights(policy)
     lr = 0.005 if config.kl_coef else 0.05  # exp(reference - policy) soon overflows on this model
-    _, metrics = update(
-        policy, sgd(policy, lr), rollouts, advantages, scale, config, included_R=included if masked else None
-    )
+    _, metrics = update(policy, sgd(policy, lr), record(rollouts, advantages, scale, included), config)
     losses = written_out(slow, sgd(slow, lr), rollouts, config, advantages, scale, included)
     for name, weight in literal.weights(policy).items():
         step, expected = weight - before[name], literal.weights(slow)[name] - before[name]
@@ -297,7 +328,7 @@ def test_metrics_of_the_whole_distribution_and_of_the_mismatch(tiny_config):
     """Entropy, KL to the start and the gap to the sampler, each against its definition, over the rows trained on."""
     config = tiny_config(batch_size=6, kl_coef=0.1, minibatches=2)
     policy = load_policy(config)
-    rollouts, advantages = batch(policy, drift=0.3)
+    rollouts, advantages = sampled(policy, drift=0.3)
     move(policy, 0.05)
     start, entropy, kl, gap = load_policy(config), [], [], []
     for r, completion in enumerate(literal.rows(rollouts.tokens_R_T, rollouts.mask_R_T)):
@@ -311,7 +342,7 @@ def test_metrics_of_the_whole_distribution_and_of_the_mismatch(tiny_config):
         if OWNER[r] < 3:  # the first mini-batch
             gap += (logprobs - rollouts.logprobs_R_T[r, : len(completion)]).abs().tolist()
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=1e-9)
-    _, metrics = update(policy, optimizer, rollouts, advantages, np.ones(OWNER.size), config)
+    _, metrics = update(policy, optimizer, record(rollouts, advantages, np.ones(OWNER.size)), config)
     assert metrics["trained_entropy"] == pytest.approx(np.mean(entropy), rel=1e-4)
     assert metrics["kl"] == pytest.approx(np.mean(kl), rel=1e-3)
     assert metrics["sampler_gap"] == pytest.approx(np.mean(gap), rel=1e-4)
@@ -323,7 +354,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tiny_config, what):
     """Neither the weights nor the optimizer's state change, and the error says where it happened."""
     config = tiny_config(batch_size=6, minibatches=2)
     policy = load_policy(config)
-    rollouts, advantages = batch(policy)
+    rollouts, advantages = sampled(policy)
     if what == "logprobs":
         rollouts.logprobs_R_T[np.flatnonzero((OWNER >= 3) & (advantages != 0))[0], 0] = float("nan")
     else:
@@ -335,7 +366,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tiny_config, what):
     optimizer.register_step_post_hook(lambda *_: steps.append(literal.weights(policy)))
     where = "mini-batch 2 of 2, pass 1" if what == "logprobs" else "mini-batch 1 of 2, pass 1"
     with pytest.raises(FloatingPointError, match=where):
-        update(policy, optimizer, rollouts, advantages, np.ones(OWNER.size), config)
+        update(policy, optimizer, record(rollouts, advantages, np.ones(OWNER.size)), config)
     last = steps[-1] if steps else before
     assert len(steps) == (what == "logprobs")
     assert all(torch.equal(last[name], weight) for name, weight in literal.weights(policy).items())
@@ -345,7 +376,7 @@ def forward_widths(policy, rollouts, advantages, config) -> list[tuple[int, ...]
     """Shapes of the inputs of all forward passes of an update."""
     shapes = []
     policy.model.model.embed_tokens.register_forward_hook(lambda _, args, __: shapes.append(tuple(args[0].shape)))
-    update(policy, sgd(policy), rollouts, advantages, np.ones(OWNER.size), config)
+    update(policy, sgd(policy), record(rollouts, advantages, np.ones(OWNER.size)), config)
     return shapes
 
 
@@ -355,7 +386,7 @@ def test_micro_batches_hold_rows_of_like_length_within_the_budget(tiny_config, m
     """Padded tokens stay within update_tokens, or it is one row; the longest come first; padding is rare."""
     config = tiny_config(batch_size=6, update_tokens=budget, max_new_tokens=12)
     policy = load_policy(config)
-    monkeypatch.setattr(gdro_llm.training.update, "sharing_pays", lambda *_: shared)
+    monkeypatch.setattr(gdro_llm.training.gradient, "sharing_pays", lambda *_: shared)
     rollouts = literal.sample(policy, literal.prompts(policy, PROMPTS), COUNTS, 12, seed=0, rows=100)
     advantages = group_advantages(REWARDS, OWNER, scale=True)
     shapes = forward_widths(policy, rollouts, advantages, config)
@@ -397,7 +428,7 @@ def test_prompts_are_shared_where_that_saves_a_third_of_the_tokens(tiny_config):
                 lambda _, args, __, shapes=shapes: shapes.append(tuple(args[0].shape))
             )
             config = replace(config, gradient_checkpointing=checkpointing)
-            update(policy, sgd(policy), rollouts, advantages, np.ones(8), config)
+            update(policy, sgd(policy), record(rollouts, advantages, np.ones(8)), config)
             assert shapes == ([(8, length + 4)] if checkpointing else expected)
 
 
@@ -433,11 +464,11 @@ def test_the_8_bit_optimizer_steps_like_adamw(tiny_config):
         config = tiny_config(batch_size=6, optimizer=name, warmup_steps=2)
         policy = load_policy(config)
         optimizer = build_optimizer(policy, config)
-        rollouts, advantages = batch(policy)
+        rollouts, advantages = sampled(policy)
         before = literal.weights(policy)
         for step in range(2):
             set_learning_rate(optimizer, config, step)
-            _, metrics = update(policy, optimizer, rollouts, advantages, np.ones(OWNER.size), config)
+            _, metrics = update(policy, optimizer, record(rollouts, advantages, np.ones(OWNER.size)), config)
             assert metrics["learning_rate"] == pytest.approx(1e-3 * (step + 1) / 2)
         found.append({name: value - before[name] for name, value in literal.weights(policy).items()})
     for name, step in found[0].items():
@@ -450,8 +481,8 @@ def test_prompt_losses_are_means_over_passes_and_gradients_are_freed(tiny_config
     for passes in (1, 3):
         config = tiny_config(batch_size=6, passes=passes)
         policy = load_policy(config)
-        rollouts, advantages = batch(policy, drift=0.3)
-        found.append(update(policy, sgd(policy, 0.0), rollouts, advantages, np.ones(OWNER.size), config))
+        rollouts, advantages = sampled(policy, drift=0.3)
+        found.append(update(policy, sgd(policy, 0.0), record(rollouts, advantages, np.ones(OWNER.size)), config))
         assert all(parameter.grad is None for parameter in policy.model.parameters())
     np.testing.assert_allclose(found[1][0], found[0][0], rtol=1e-6)
     assert found[1][1] == pytest.approx(found[0][1], rel=1e-6)
@@ -464,11 +495,11 @@ def test_mini_batches_that_are_masked_entirely_are_skipped(tiny_config, settings
     config = tiny_config(batch_size=6, minibatches=3, overlong="mask", **settings)
     policy = load_policy(config)
     optimizer = build_optimizer(policy, config)
-    rollouts, _ = batch(policy)
+    rollouts, _ = sampled(policy)
     included = np.isin(OWNER, left)
     advantages = group_advantages(REWARDS, OWNER, scale=True, included_R=included)
     before = literal.weights(policy)
-    losses, metrics = update(policy, optimizer, rollouts, advantages, WEIGHTS[OWNER], config, included_R=included)
+    losses, metrics = update(policy, optimizer, record(rollouts, advantages, WEIGHTS[OWNER], included), config)
     assert np.isfinite([*losses, *metrics.values()]).all()
     assert (metrics["grad_norm"] > 0) == bool(left)
     assert all(torch.equal(before[name], weight) for name, weight in literal.weights(policy).items()) != bool(left)

@@ -203,13 +203,13 @@ def test_a_part_of_the_training_problems(tiny_data):
 
 
 @pytest.mark.parametrize(
-    ("controller", "steps", "told"), [("recommended", 2, True), ("recommended", 3, False), ("grpo", 2, False)]
+    ("controller", "steps", "said"), [("recommended", 2, True), ("recommended", 3, False), ("grpo", 2, False)]
 )
-def test_a_run_that_is_short_for_its_controller_says_so(run_config, tmp_path, capsys, controller, steps, told):
+def test_a_run_that_is_short_for_its_controller_says_so(run_config, tmp_path, capsys, controller, steps, said):
     """Two batches of the same eight problems; with three there is enough to act on, and GRPO does not act."""
     train(run_config(steps=steps, controller=controller, train_problems=8), tmp_path)
-    said = "each of 8 problems comes up 2 times in this run, and the controller acts on a problem from its second"
-    assert (said in capsys.readouterr().out) == told
+    line = "each of 8 problems comes up 2 times in this run, and the controller acts on a problem from its second"
+    assert (line in capsys.readouterr().out) == said
 
 
 def test_tails_hold_more_or_fewer_hard_problems():
@@ -254,7 +254,7 @@ def test_mopps_needs_four_candidates_a_prompt(run_config, tmp_path):
 
 
 def test_reward_noise_reaches_what_is_learnt_and_not_what_is_evaluated(run_config, tmp_path):
-    """With every second grade turned round the training reward is a half, and the first evaluation is as without."""
+    """With every second grade flipped the training reward is a half, and the first evaluation is as without."""
     train(run_config(steps=4, learning_rate=1e-9), tmp_path / "clean")
     train(run_config(steps=4, learning_rate=1e-9, reward_noise=0.5), tmp_path / "noisy")
     clean, noisy = (

@@ -1,0 +1,114 @@
+"""The first part of a step: plan -> sample -> grade -> observe. What moves the policy is `gdro_llm.training.update`.
+
+Nothing random has a state: every draw is seeded by (seed, step), so that a resumed run needs no generator saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gdro_core import Plan, Planner
+from gdro_llm.config import Config
+from gdro_llm.engine.rollouts import Decoding, Rollouts
+from gdro_llm.engine.sampler import Sampler
+from gdro_llm.engine.workers import Workers
+from gdro_llm.problems.load import batch_indices
+from gdro_llm.problems.problem import Problem
+from gdro_llm.problems.prompting import prompt_tokens
+from gdro_llm.problems.rewards import Grader
+from gdro_llm.training.batch import Batch, make_batch
+from gdro_llm.training.clock import Clock
+from gdro_llm.training.planners import CANDIDATES
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What a step collects before the update."""
+
+    plan: Plan
+    problems: list[Problem]  # (P,) of the plan
+    batch: Batch  # this process' rows
+    own_rewards: np.ndarray  # of these rows
+    rewards_R: np.ndarray  # of all rows of the plan
+    observed: dict[str, Any]  # the controller's metrics
+
+
+def collect(
+    step: int,
+    problems: Sequence[Problem],
+    controller: Planner,
+    sampler: Sampler,
+    grader: Grader,
+    config: Config,
+    workers: Workers,
+    clock: Clock,
+) -> Collected:
+    """Plan a batch, sample and grade this process' rows, and let the controller observe the rewards of all rows."""
+    with clock("controller"):
+        offered = {problem.id: problem for problem in candidates(problems, config, step)}
+        plan = controller.plan(list(offered))
+    chosen = [offered[str(name)] for name in plan.ids]
+    prompts = [prompt_tokens(sampler.policy.tokenizer, problem, config) for problem in chosen]
+    mine = workers.deal(plan.counts, config.minibatches)
+    with clock("sync"):
+        sampler.sync()
+    with clock("sample"):
+        decoding, seed = Decoding(config.max_new_tokens, config.temperature), step_seed(config.seed, step)
+        rollouts = sampler.sample(prompts, plan.counts, decoding, seed=seed, rows=mine)
+        sampler.sleep()
+    with clock("grade"):
+        rewards = grader.grade([chosen[p] for p in rollouts.owner_R.tolist()], rollouts.texts)
+        rewards = flip_rewards(rewards, mine, len(plan.owner), config, step)
+        rewards_R = np.array(workers.collect(mine, rewards.tolist(), len(plan.owner)))
+    with clock("controller"):
+        observed = controller.observe(plan, rewards_R)
+    with clock("update"):
+        batch = make_batch(rollouts, rewards, plan, config)
+    return Collected(plan, chosen, batch, rewards, rewards_R, observed)
+
+
+def candidates(problems: Sequence[Problem], config: Config, step: int) -> list[Problem]:
+    """The problems of a step; for a planner that chooses, these and others."""
+    rows = batch_indices(len(problems), config.batch_size, step, config.seed)
+    if config.controller == "mopps":
+        others = np.setdiff1d(np.arange(len(problems)), rows)
+        order = np.random.default_rng([config.seed, step, 3]).permutation(others)
+        rows = np.concatenate([rows, order[: (CANDIDATES - 1) * len(rows)]])
+    return [problems[i] for i in rows]
+
+
+def flip_rewards(rewards: np.ndarray, rows: np.ndarray, total: int, config: Config, step: int) -> np.ndarray:
+    """Grades of some rows of the plan, a share `reward_noise` of them flipped: r becomes 1 - r."""
+    if not config.reward_noise:
+        return rewards
+    wrong = np.random.default_rng([config.seed, step, 2]).random(total)[rows] < config.reward_noise
+    return np.where(wrong, 1.0 - rewards, rewards)
+
+
+def step_seed(seed: int, step: int) -> int:
+    """Seed of a step's draws."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def summarise(
+    rewards_R: np.ndarray, owner_R: np.ndarray, weights_P: np.ndarray, rollouts: Rollouts, workers: Workers
+) -> dict[str, float]:
+    """What came back from sampling and grading: rewards of all rollouts, the rest from this process' own `rollouts`."""
+    mean_P = np.bincount(owner_R, weights=rewards_R) / np.bincount(owner_R)
+    mask, logprobs = rollouts.mask_R_T, rollouts.logprobs_R_T
+    sums = [mask.sum(), -logprobs.double().sum(), rollouts.truncated_R.sum()]
+    tokens, surprise, truncated = workers.total(np.array([float(x) for x in sums]))
+    return {
+        "reward": float(mean_P.mean()),  # every prompt counts once, however many rollouts it got
+        "weighted_reward": float(np.average(mean_P, weights=weights_P)),
+        "all_correct_share": float((mean_P == 1).mean()),
+        "all_wrong_share": float((mean_P == 0).mean()),
+        "mixed_share": float(((mean_P > 0) & (mean_P < 1)).mean()),
+        "entropy": float(surprise / tokens),  # of the sampled tokens, unbiased [nats]
+        "completion_length": float(tokens / len(rewards_R)),
+        "truncated_share": float(truncated / len(rewards_R)),
+    }
