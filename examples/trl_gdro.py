@@ -6,7 +6,7 @@ from trl import GRPOConfig
 
 from gdro_core import GDROController
 from gdro_llm.config import Config
-from gdro_llm.engine.policy import EMBEDDED
+from gdro_llm.engine.policy import EMBEDDED_MODEL
 from gdro_llm.integrations.trl import GDROTrainer, add_prompt_ids
 from gdro_llm.problems.load import load_problems
 
@@ -22,10 +22,10 @@ if __name__ == "__main__":
     size = {"num_generations": 4, "per_device_train_batch_size": 64, "max_completion_length": 14, "max_steps": 30}
     cpu = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "dataloader_pin_memory": False}
     GDROTrainer(
-        str(EMBEDDED),
+        str(EMBEDDED_MODEL),
         correct,
         GRPOConfig("runs/trl", learning_rate=3e-4, logging_steps=5, save_steps=10, report_to="none", **size, **cpu),
         add_prompt_ids(Dataset.from_dict(rows), source="cells"),
-        processing_class=AutoTokenizer.from_pretrained(EMBEDDED),
+        processing_class=AutoTokenizer.from_pretrained(EMBEDDED_MODEL),
         controller=GDROController.recommended(mean_rollouts=4, seed=0),
     ).train()

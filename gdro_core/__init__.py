@@ -3,7 +3,7 @@
 Theory first, numpy and scipy only. The paper's equations and theorems are cited as in arXiv 2601.19280; F1-F10 are its
 flaws and what this library does about each (see the README).
 
-All public names stand here; each module is one idea and opens with the problem it solves.
+All public names are listed here; each module is one idea and opens with the problem it solves.
 """
 
 from gdro_core.adversaries import (

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gdro_core._validate import state
+from gdro_core._validate import check_state
 
 State = dict[str, Any]
 
 
 def controller_1(saved: Mapping[str, Any]) -> State:
     """Of `GDROController`: the rollout game's settings, which have no memory, move into the controller's."""
-    state("GDROController", saved, {}, ("rollout",))
+    check_state("GDROController", saved, {}, ("rollout",))
     rollout = saved["rollout"]
     return {**saved, "version": 2, "rollout": None if rollout is None else rollout_game_1(rollout)}
 
@@ -24,15 +24,15 @@ def controller_1(saved: Mapping[str, Any]) -> State:
 def rollout_game_1(saved: Mapping[str, Any]) -> State:
     """Of `RolloutGDRO`: its settings; scores, rounds and price belonged to the games on losses."""
     kept = ("mean_rollouts", "min_rollouts", "max_rollouts", "utility", "permute")
-    state("RolloutGDRO", saved, {}, (*kept, "granularity"))
+    check_state("RolloutGDRO", saved, {}, (*kept, "granularity"))
     return {**{name: saved[name] for name in kept}, "per_bin": saved["granularity"] == "bin"}
 
 
 def prompt_game_2(saved: Mapping[str, Any]) -> State:
     """Of `PromptGDRO`: the adversary and its memory become parts of their own."""
     kept = ("num_bins", "payoff", "ema", "exploration", "max_weight", "share", "share_weight")
-    state("PromptGDRO", saved, {"weighting": "importance"}, (*kept, "adversary", "step_size", "alpha", "rho"))
-    state("PromptGDRO", saved, {}, ("reference", "score", "score_weight", "drawn", "hedge"))
+    check_state("PromptGDRO", saved, {"weighting": "importance"}, (*kept, "adversary", "step_size", "alpha", "rho"))
+    check_state("PromptGDRO", saved, {}, ("reference", "score", "score_weight", "drawn", "hedge"))
     step_size = saved["step_size"]
     adversaries: dict[str, State] = {
         "entropic": {"name": "Entropic", "step_size": step_size},
@@ -53,29 +53,29 @@ def prompt_game_2(saved: Mapping[str, Any]) -> State:
 def published_prompt_2(saved: Mapping[str, Any]) -> State:
     """Of `PublishedPromptGDRO`, then a `PromptGDRO` with weighting "published"."""
     kept = ("num_bins", "step_size", "ema", "exploration", "max_weight", "share_normalised")
-    state("PublishedPromptGDRO", saved, {"weighting": "published"}, (*kept, "score"))
+    check_state("PublishedPromptGDRO", saved, {"weighting": "published"}, (*kept, "score"))
     return {"version": 3, **{name: saved[name] for name in kept}, "scores": saved["score"]}
 
 
 def published_rollout_1(saved: Mapping[str, Any]) -> State:
     """Of `PublishedRolloutGDRO`, then a `RolloutGDRO` with feedback "published"."""
     kept = ("num_bins", "mean_rollouts", "min_rollouts", "max_rollouts", "step_size", "exploration", "ema", "scores")
-    state("PublishedRolloutGDRO", saved, {"feedback": "published"}, (*kept, "price"))
+    check_state("PublishedRolloutGDRO", saved, {"feedback": "published"}, (*kept, "price"))
     return {"version": 2, **{name: saved[name] for name in kept}, "price": saved["price"]}
 
 
 def exact_play_1(saved: Mapping[str, Any]) -> State:
     """Of `ExactPlay`, then a `RolloutGDRO` with feedback "bandit"; its price never moved."""
     kept = ("num_bins", "mean_rollouts", "min_rollouts", "max_rollouts", "step_size", "loss_bound", "scores", "rounds")
-    state("ExactPlay", saved, {"feedback": "bandit"}, kept)
+    check_state("ExactPlay", saved, {"feedback": "bandit"}, kept)
     return {"version": 2, **{name: saved[name] for name in kept}}
 
 
 def published_controller_1(saved: Mapping[str, Any]) -> State:
     """Of `PublishedController`, then a `GDROController` with published games."""
     kept = ("seed", "mean_rollouts", "step", "classifier", "prompt", "rollout")
-    state("PublishedController", saved, {}, kept)
-    found = {name: saved[name] for name in kept}
-    if found["rollout"] is not None and found["mean_rollouts"] is None:
-        found["mean_rollouts"] = saved["rollout"].get("mean_rollouts")
-    return {"version": 2, **found}
+    check_state("PublishedController", saved, {}, kept)
+    kept_values = {name: saved[name] for name in kept}
+    if kept_values["rollout"] is not None and kept_values["mean_rollouts"] is None:
+        kept_values["mean_rollouts"] = saved["rollout"].get("mean_rollouts")
+    return {"version": 2, **kept_values}

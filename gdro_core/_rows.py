@@ -39,27 +39,27 @@ class RowIndex:
             self._dict, self._runs = dict(zip(np.asarray(self.ids()).tolist(), count())), []
             self._last = [], np.empty(0, dtype=np.int64)
         names = listed.tolist() if isinstance(listed, np.ndarray) else listed
-        if names != self._last[0]:  # a step asks for the same ids thrice: comparing is quicker than looking up
+        if names != self._last[0]:  # a step asks for the same ids three times: a comparison is quicker than a look-up
             self._last = names, np.fromiter(map(self._dict.get, names, repeat(-1)), np.int64, len(names))
         return self._last
 
     def add(self, names: Ints | list[Hashable], rows: Ints, wanted: NDArray[np.bool_]) -> Ints:
         """Give the next rows, in place, to the wanted names that have none (what `find` returned); return all rows."""
         new = wanted & (rows < 0)
-        strangers = where(names, new)
-        if not len(strangers):
+        new_names = where(names, new)
+        if not len(new_names):
             return rows
-        rows[new] = np.arange(self.size, self.size + len(strangers))
-        if isinstance(strangers, list):
-            self._dict.update(zip(strangers, count(self.size)))
+        rows[new] = np.arange(self.size, self.size + len(new_names))
+        if isinstance(new_names, list):
+            self._dict.update(zip(new_names, count(self.size)))
         else:
-            order = strangers.argsort()
-            self._runs.append((strangers[order], rows[new][order]))
+            order = new_names.argsort()
+            self._runs.append((new_names[order], rows[new][order]))
             while len(self._runs) > 1 and self._runs[-2][0].size <= 8 * self._runs[-1][0].size:
                 (keys, at), (more, at_more) = self._runs[-2:]
                 place = keys.searchsorted(more)
                 self._runs[-2:] = [(np.insert(keys, place, more), np.insert(at, place, at_more))]
-        self.size += len(strangers)
+        self.size += len(new_names)
         return rows
 
     def ids(self) -> Ints | list[Hashable]:
@@ -74,13 +74,13 @@ class RowIndex:
         return ids
 
     def _search(self, keys: Ints) -> Ints:
-        order = keys.argsort()  # neighbours in turn: memory is read from end to end
-        asked, found = keys[order], np.full(keys.size, -1)
+        order = keys.argsort()  # in sorted order: memory is read from end to end
+        sorted_keys, sorted_rows = keys[order], np.full(keys.size, -1)
         for known, rows in self._runs:
-            at = np.minimum(known.searchsorted(asked), known.size - 1)
-            found = np.where(known[at] == asked, rows[at], found)
-        result = np.empty_like(found)
-        result[order] = found
+            at = np.minimum(known.searchsorted(sorted_keys), known.size - 1)
+            sorted_rows = np.where(known[at] == sorted_keys, rows[at], sorted_rows)
+        result = np.empty_like(sorted_rows)
+        result[order] = sorted_rows
         return result
 
 

@@ -12,10 +12,15 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
-def choice(name: str, value: str, allowed: Sequence[str]) -> str:
-    """`value`, if it is one of `allowed`."""
+def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    """`value` is one of `allowed`."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def choice(name: str, value: str, allowed: Sequence[str]) -> str:
+    """`value`, if it is one of `allowed`."""
+    check_choice(name, value, allowed)
     return value
 
 
@@ -26,54 +31,80 @@ def integer(name: str, value: int, low: int) -> int:
     return int(value)
 
 
-def number(name: str, value: float, low: float, high: float = np.inf, *, open_low: bool = False) -> float:
-    """`value` as a float, if it lies in [low, high] (or (low, high] with `open_low`) and is finite."""
+def check_number(name: str, value: float, low: float, high: float = np.inf, *, open_low: bool = False) -> None:
+    """`value` is finite and lies in [low, high], or in (low, high] with `open_low`."""
     if not np.isfinite(value) or not low <= value <= high or (open_low and value == low):
         raise ValueError(f"{name} must lie in {'(' if open_low else '['}{low:g}, {high:g}], got {value!r}")
+
+
+def number(name: str, value: float, low: float, high: float = np.inf, *, open_low: bool = False) -> float:
+    """`value` as a float, if it is finite and lies in [low, high], or in (low, high] with `open_low`."""
+    check_number(name, value, low, high, open_low=open_low)
     return float(value)
+
+
+def check_shape(name: str, array: Floats, shape: tuple[int, ...]) -> None:
+    """The array has `shape` (−1 = any length)."""
+    if array.ndim != len(shape) or any(want not in (-1, got) for want, got in zip(shape, array.shape, strict=True)):
+        raise ValueError(f"{name} must have shape {shape} (-1: any length), got {array.shape}")
+
+
+def check_entries(name: str, array: Floats, low: float = -np.inf, high: float = np.inf) -> None:
+    """All entries are finite and lie in [low, high]."""
+    bad = ~np.isfinite(array) | (array < low) | (array > high)
+    if bad.any():
+        rule = "finite numbers" if (low, high) == (-np.inf, np.inf) else f"finite numbers in [{low:g}, {high:g}]"
+        raise ValueError(f"{name} must hold {rule}, got {array[bad].flat[0]}")
+
+
+def check_whole(name: str, array: Floats) -> None:
+    """All entries are whole numbers."""
+    fractions = array[array != np.floor(array)]
+    if fractions.size:
+        raise ValueError(f"{name} must hold integers, got {fractions[0]}")
 
 
 def floats(name: str, value: ArrayLike, shape: tuple[int, ...], low: float = -np.inf, high: float = np.inf) -> Floats:
     """`value` as a float64 array of `shape` (−1 = any length) with finite entries in [low, high]."""
     array = np.asarray(value, dtype=np.float64)
-    if array.ndim != len(shape) or any(want not in (-1, got) for want, got in zip(shape, array.shape, strict=True)):
-        raise ValueError(f"{name} must have shape {shape} (-1: any length), got {array.shape}")
-    bad = ~np.isfinite(array) | (array < low) | (array > high)
-    if bad.any():
-        rule = "finite numbers" if (low, high) == (-np.inf, np.inf) else f"finite numbers in [{low:g}, {high:g}]"
-        raise ValueError(f"{name} must hold {rule}, got {array[bad].flat[0]}")
+    check_shape(name, array, shape)
+    check_entries(name, array, low, high)
     return array
 
 
 def integers(name: str, value: ArrayLike, shape: tuple[int, ...], low: int, high: int) -> Ints:
     """`value` as an int64 array of `shape` (−1 = any length) with entries in low..high."""
     array = floats(name, value, shape, low, high)
-    if (array != np.floor(array)).any():
-        raise ValueError(f"{name} must hold integers, got {array[array != np.floor(array)].flat[0]}")
+    check_whole(name, array)
     return array.astype(np.int64)
 
 
+def check_unique(ids: Sequence[Hashable]) -> None:
+    """There is at least one id, and no id occurs twice."""
+    if not ids:
+        raise ValueError("ids must hold at least one id, got none")
+    if len(set(ids)) != len(ids):
+        seen: set[Hashable] = set()
+        repeated = next(i for i in ids if i in seen or seen.add(i))  # type: ignore[func-returns-value]
+        raise ValueError(f"ids must be unique within a batch, got {repeated!r} twice")
+
+
 def unique_ids(ids: Sequence[Hashable]) -> list[Hashable]:
-    """`ids` as a list, if it is not empty and no id stands twice."""
+    """`ids` as a list, if it is not empty and no id occurs twice."""
     if isinstance(ids, str):
         raise ValueError(f"ids must be a sequence of ids, got the single string {ids!r}")
     listed = list(ids)
-    if not listed:
-        raise ValueError("ids must hold at least one id, got none")
-    if len(set(listed)) != len(listed):
-        seen: set[Hashable] = set()
-        twice = next(i for i in listed if i in seen or seen.add(i))  # type: ignore[func-returns-value]
-        raise ValueError(f"ids must be unique within a batch, got {twice!r} twice")
+    check_unique(listed)
     return listed
 
 
-def state(name: str, found: Mapping[str, Any], expected: Mapping[str, Any], memory: Sequence[str]) -> None:
-    """`found` has the values of `expected` (a version, a shape, a setting) and the keys of `memory`."""
+def check_state(name: str, saved: Mapping[str, Any], expected: Mapping[str, Any], memory: Sequence[str]) -> None:
+    """`saved` has the values of `expected` (a version, a shape, a setting) and the keys of `memory`."""
     for key in (*expected, *memory):
-        if key not in found:
+        if key not in saved:
             raise ValueError(f"state of {name} lacks {key!r}")
-        if key in expected and found[key] != expected[key]:
-            raise ValueError(f"state of {name} has {key} = {found[key]!r}, this one needs {expected[key]!r}")
+        if key in expected and saved[key] != expected[key]:
+            raise ValueError(f"state of {name} has {key} = {saved[key]!r}, this one needs {expected[key]!r}")
 
 
 class _Part(Protocol):

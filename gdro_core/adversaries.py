@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from gdro_core._validate import Floats, Ints, floats, integer, number, state
+from gdro_core._validate import Floats, Ints, check_state, floats, integer, number
 from gdro_core.ambiguity import chi_square, cvar, entropic
 from gdro_core.theory.bandits import Hedge
 
@@ -79,7 +79,7 @@ class RunningMeans:
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """See `Memory.load_state_dict`."""
-        state("RunningMeans", saved, {}, ("sum", "weight"))
+        check_state("RunningMeans", saved, {}, ("sum", "weight"))
         total = floats("sum", saved["sum"], (self.num_bins,))
         weight = floats("weight", saved["weight"], (self.num_bins,), 0.0, 1.0)
         self._sum, self._weight = total.copy(), weight.copy()
@@ -129,7 +129,7 @@ class CumulatedLosses:
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """See `Memory.load_state_dict`."""
-        state("CumulatedLosses", saved, {}, ("drawn", "hedge"))
+        check_state("CumulatedLosses", saved, {}, ("drawn", "hedge"))
         drawn = floats("drawn", saved["drawn"], self._drawn.shape, 0.0)
         self._hedge.load_state_dict(saved["hedge"])
         self._drawn = drawn.copy()

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from gdro_core._validate import Floats, floats, number
+from gdro_core._validate import Floats, check_entries, number
 
 
 class BestResponse(NamedTuple):
@@ -159,12 +159,12 @@ def _below_the_top(losses: ArrayLike, reference: ArrayLike | None) -> tuple[Floa
     loss = np.asarray(losses, dtype=np.float64)
     if loss.ndim == 0 or loss.shape[-1] == 0:
         raise ValueError(f"losses must have shape (..., B) with B >= 1, got {loss.shape}")
-    floats("losses", loss.ravel(), (-1,))
+    check_entries("losses", loss)
     bins = loss.shape[-1]
     r = np.full(bins, 1.0 / bins) if reference is None else np.asarray(reference, dtype=np.float64)
     if r.shape not in ((bins,), loss.shape):
         raise ValueError(f"reference must have shape {(bins,)} or {loss.shape}, got {r.shape}")
-    floats("reference", r.ravel(), (-1,), 0.0)
+    check_entries("reference", r, 0.0)
     total = r.sum(axis=-1, keepdims=True)
     if (np.abs(total - 1.0) > 1e-9).any():
         raise ValueError(f"reference must sum to 1, got {total[np.abs(total - 1.0) > 1e-9].flat[0]}")

@@ -13,7 +13,17 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gdro_core._old_states import controller_1
-from gdro_core._validate import Floats, Ints, floats, integer, integers, load_parts, number, state, unique_ids
+from gdro_core._validate import (
+    Floats,
+    Ints,
+    check_number,
+    check_state,
+    floats,
+    integer,
+    integers,
+    load_parts,
+    unique_ids,
+)
 from gdro_core.adversaries import Adversary, Entropic
 from gdro_core.difficulty import OnlineDifficultyClassifier, equal_edges
 from gdro_core.grpo import gradient_weight
@@ -50,15 +60,15 @@ class Plan:
 
 @dataclass(frozen=True, eq=False)
 class Observation:
-    """What grading tells of a plan: per prompt the summed rewards and the number of rollouts graded.
+    """The graded rollouts of a plan: per prompt the summed rewards and the number of rollouts graded.
 
     These are sufficient: a controller learns from nothing else. So workers that grade parts of a batch merge what they
     have by addition, in any order and grouping (theorem 12; to the bit where sums of rewards are exact, as of 0 and 1).
 
     >>> plan = GDROController.uniform(mean_rollouts=2).plan(["a", "b"])
     >>> here = Observation.of(plan, [1, 0], rows=[0, 3])  # rollout 0 belongs to a, rollout 3 to b
-    >>> there = Observation.of(plan, [1], rows=[1])
-    >>> here.merge(there).correct, here.merge(there).trials
+    >>> elsewhere = Observation.of(plan, [1], rows=[1])
+    >>> here.merge(elsewhere).correct, here.merge(elsewhere).trials
     (array([2., 0.]), array([2, 1]))
     """
 
@@ -96,10 +106,10 @@ class Observation:
         Raises:
             ValueError: as `of`, or an observation of another plan.
         """
-        found = rewards if isinstance(rewards, Observation) else cls.of(plan, rewards)
-        if not found.plan.same(plan):
-            raise ValueError(f"rewards must be an observation of this plan, got one of step {found.plan.step}")
-        return found
+        observation = rewards if isinstance(rewards, Observation) else cls.of(plan, rewards)
+        if not observation.plan.same(plan):
+            raise ValueError(f"rewards must be an observation of this plan, got one of step {observation.plan.step}")
+        return observation
 
     def merge(self, other: Observation) -> Observation:
         """Both together.
@@ -111,8 +121,8 @@ class Observation:
             raise ValueError(f"observations must be of one plan, got steps {self.plan.step} and {other.plan.step}")
         trials = self.trials + other.trials
         if (trials > self.plan.counts).any():
-            twice = self.plan.ids[int(np.argmax(trials > self.plan.counts))]
-            raise ValueError(f"observations must not share rollouts, got too many of {twice!r}")
+            repeated = self.plan.ids[int(np.argmax(trials > self.plan.counts))]
+            raise ValueError(f"observations must not share rollouts, got too many of {repeated!r}")
         return Observation(self.plan, self.correct + other.correct, trials)
 
     def by_bin(self, num_bins: int) -> dict[str, Any]:
@@ -157,7 +167,7 @@ def _means(bins: Ints, values: Floats | Ints, rows: NDArray[np.bool_], num_bins:
 
 
 class Planner(Protocol):
-    """Decides a batch's weights and rollouts, and learns from the rewards: controllers, and whatever stands in for one.
+    """Decides a batch's weights and rollouts, and learns from the rewards; every controller is one.
 
     >>> planner: Planner = GDROController.uniform(mean_rollouts=2)
     >>> planner.plan(["a", "b"]).counts
@@ -230,10 +240,10 @@ class GDROController:
         if prompt is not None:
             least = mean_rollouts if rollout is None else rollout.min_rollouts
             if prompt.payoff.fewest > 1:
-                number(f"min_rollouts with payoff {prompt.payoff.name!r}", least or 0, prompt.payoff.fewest)
+                check_number(f"min_rollouts with payoff {prompt.payoff.name!r}", least or 0, prompt.payoff.fewest)
         self.classifier, self.prompt, self.rollout = classifier, prompt, rollout
         if preserve_objective and rollout is not None:
-            number("min_rollouts with preserve_objective", rollout.min_rollouts, 2)
+            check_number("min_rollouts with preserve_objective", rollout.min_rollouts, 2)
             if not rollout.mean_rollouts.is_integer():
                 raise ValueError(
                     f"mean_rollouts must be a whole number with preserve_objective, got {rollout.mean_rollouts}"
@@ -328,7 +338,7 @@ class GDROController:
             plan: what `plan` returned for this batch.
             rewards: (sum of counts,) in [0, 1], in plan order (`plan.owner`); 1 is correct, fractions are partial
                 credit. Or an `Observation` of this plan, merged from what workers report; prompts of which it holds no
-                rollout are passed over.
+                rollout are skipped.
 
         Returns:
             metrics: see `metrics`.
@@ -353,12 +363,12 @@ class GDROController:
         Returns:
             these, and bin_probability: q_b (prompt game only).
         """
-        found = observation.by_bin(self.classifier.num_bins)
+        metrics = observation.by_bin(self.classifier.num_bins)
         if self.prompt is not None:
-            found["bin_probability"] = self.prompt.probabilities.tolist()
+            metrics["bin_probability"] = self.prompt.probabilities.tolist()
         if self.prompt is not None or self.rollout is not None:
-            found |= observation.steering(self.classifier.num_bins)
-        return found
+            metrics |= observation.steering(self.classifier.num_bins)
+        return metrics
 
     def state_dict(self) -> dict[str, Any]:
         """All memory as plain lists and numbers; `load_state_dict` continues bit for bit."""
@@ -374,7 +384,7 @@ class GDROController:
         if saved.get("version") == 1:
             saved = controller_1(saved)
         parts = {"classifier": self.classifier, "prompt": self.prompt}
-        state("GDROController", saved, self._settings(), ("step", *parts))
+        check_state("GDROController", saved, self._settings(), ("step", *parts))
         step = integer("step", saved["step"], 0)
         load_parts("GDROController", parts, saved)
         self._step = step

@@ -10,7 +10,19 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gdro_core._rows import RowIndex, repeats, where
-from gdro_core._validate import Floats, Ints, choice, floats, integer, integers, number, state, unique_ids
+from gdro_core._validate import (
+    Floats,
+    Ints,
+    check_entries,
+    check_number,
+    check_state,
+    check_unique,
+    choice,
+    floats,
+    integer,
+    integers,
+    number,
+)
 
 STATISTICS = ("pass_rate", "pass@k", "any")
 
@@ -73,7 +85,7 @@ class OnlineDifficultyClassifier:
         hysteresis: δ >= 0, smaller than half of the narrowest bin.
         confidence: δ in (0, 1), chance of error per prompt, or None. Needs `"pass_rate"` (the bins of pass@k are those
             of p with edges 1 - (1 - edge)^(1/k)), hysteresis 0 and, as C_n needs undiscounted counts, discount 1: it
-            is for a policy that stands still, or moves slowly.
+            is for a policy that does not change, or changes slowly.
 
     Ids are any hashable, unique in a batch; equal ids are one prompt, as in a dict (3, np.int64(3), 3.0). An array of
     integers is looked up without a Python loop; the first id of another type moves all of them into a dict for good.
@@ -114,7 +126,7 @@ class OnlineDifficultyClassifier:
             number("prior[1]", prior[1], 0.0, open_low=True),
         )
         self.window = integer("window", window, 1)
-        number("window", window, 1, 65535)
+        check_number("window", window, 1, 65535)
         self.hysteresis = number("hysteresis", hysteresis, 0.0)
         if self.hysteresis > 0 and self.hysteresis >= narrowest / 2:
             raise ValueError(f"hysteresis must be below half the narrowest bin ({narrowest / 2:g}), got {hysteresis!r}")
@@ -155,7 +167,7 @@ class OnlineDifficultyClassifier:
         return a / (a + b)
 
     def observe(self, ids: Sequence[Hashable] | NDArray[Any], correct: ArrayLike, trials: ArrayLike) -> None:
-        """Count c correct among n rollouts of each prompt. A prompt with n = 0 tells nothing and is passed over.
+        """Count c correct among n rollouts of each prompt. A prompt with n = 0 teaches nothing and is skipped.
 
         Args:
             ids: N unique ids.
@@ -167,14 +179,14 @@ class OnlineDifficultyClassifier:
         """
         names, rows = self._index.find(ids)
         if not len(names) or repeats(rows[rows >= 0]) or repeats(where(names, rows < 0)):
-            unique_ids(names if isinstance(names, list) else names.tolist())  # says which
+            check_unique(names if isinstance(names, list) else names.tolist())
         n = floats("trials", trials, (len(names),), 0.0)
         c = floats("correct", correct, (len(names),), 0.0)
         if (c > n).any():
             raise ValueError(f"correct must be at most trials, got {c[c > n][0]} of {n[c > n][0]}")
-        told = n > 0
-        self._grow(len(self) + int(np.count_nonzero(told & (rows < 0))))
-        rows, c, n = self._index.add(names, rows, told)[told], c[told], n[told]
+        graded = n > 0
+        self._grow(len(self) + int(np.count_nonzero(graded & (rows < 0))))
+        rows, c, n = self._index.add(names, rows, graded)[graded], c[graded], n[graded]
         memory = self._memory
         memory["successes"][rows] = self.discount * memory["successes"][rows] + c
         memory["failures"][rows] = self.discount * memory["failures"][rows] + (n - c)
@@ -199,27 +211,27 @@ class OnlineDifficultyClassifier:
         arrays = {name: _packed(array[: len(self)]) for name, array in self._memory.items()}
         return {**self._settings(), "ids": list(_plain(ids)) if isinstance(ids, list) else _packed(ids), **arrays}
 
-    def load_state_dict(self, found: Mapping[str, Any]) -> None:
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Continue bit for bit from `state_dict()` of a classifier with the same settings.
 
         Raises:
             ValueError: other settings or version, a missing key, a damaged array; nothing has changed then.
         """
-        state("OnlineDifficultyClassifier", found, self._settings(), ("ids", *self._memory))
-        plain = _plain(found["ids"])
+        check_state("OnlineDifficultyClassifier", saved, self._settings(), ("ids", *self._memory))
+        plain = _plain(saved["ids"])
         ids = list(plain) if isinstance(plain, tuple) else _unpacked("ids", plain, np.dtype(np.int64), (-1,))
         index = RowIndex()
         names, rows = index.find(ids)
         if repeats(names):
-            unique_ids(names if isinstance(names, list) else names.tolist())  # says which
+            check_unique(names if isinstance(names, list) else names.tolist())
         index.add(names, rows, rows < 0)
         size = index.size
         memory = self._unseen(size + 1)
         for name, array in memory.items():
-            array[:size] = _unpacked(name, found[name], array.dtype, (size, *array.shape[1:]))
-        floats("successes", memory["successes"], (-1,), 0.0)
-        floats("failures", memory["failures"], (-1,), 0.0)
-        integers("bin", memory["bin"][:size], (size,), 0, self.num_bins - 1)
+            array[:size] = _unpacked(name, saved[name], array.dtype, (size, *array.shape[1:]))
+        check_entries("successes", memory["successes"], 0.0)
+        check_entries("failures", memory["failures"], 0.0)
+        check_entries("bin", memory["bin"][:size].astype(np.float64), 0, self.num_bins - 1)
         if self.statistic == "any":
             visits = integers("visits", memory["visits"][:size], (size,), 1, self.window)
             for word, hits in enumerate(memory["hits"][:size].T):
@@ -235,7 +247,7 @@ class OnlineDifficultyClassifier:
         return {"version": 2, "edges": self.edges.tolist(), "prior": list(self.prior), **settings}
 
     def _unseen(self, rows: int) -> dict[str, NDArray[Any]]:
-        """Arrays of unseen prompts. The last one is never told anything: it is what row −1 finds."""
+        """Arrays of unseen prompts. The last one is never updated: row −1 reads it."""
         memory: dict[str, NDArray[Any]] = {"successes": np.zeros(rows), "failures": np.zeros(rows)}
         memory["bin"] = np.full(rows, -1, dtype=np.int16)
         if self.statistic == "any":
@@ -288,7 +300,7 @@ class OnlineDifficultyClassifier:
 
 
 def _plain(name: Any) -> Any:
-    """An id that JSON keeps; a list there was a tuple."""
+    """An id that JSON keeps; JSON turned tuples into lists."""
     if isinstance(name, np.generic):
         name = name.item()
     if isinstance(name, list | tuple):

@@ -22,7 +22,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from gdro_core._validate import Floats, Ints, choice, floats, integers, number
+from gdro_core._validate import Floats, Ints, check_choice, floats, integers, number
 
 ESTIMATORS = ("grpo", "dr_grpo", "rloo")
 
@@ -183,7 +183,7 @@ def decoupling_price(weights: ArrayLike, variance: ArrayLike, share: ArrayLike |
 
 def _group(n: ArrayLike, p: ArrayLike, estimator: str) -> tuple[Ints, Floats]:
     """n and p, checked and broadcast against each other."""
-    choice("estimator", estimator, ESTIMATORS)
+    check_choice("estimator", estimator, ESTIMATORS)
     sizes, rates = np.broadcast_arrays(np.asarray(n, dtype=np.float64), np.asarray(p, dtype=np.float64))
     low = 2 if estimator == "rloo" else 1
     rollouts = integers("n", sizes.ravel(), (-1,), low, 2**20).reshape(sizes.shape)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from gdro_core._old_states import prompt_game_2
-from gdro_core._validate import Floats, choice, floats, integer, integers, number, state
+from gdro_core._validate import Floats, check_state, choice, floats, integer, integers, number
 from gdro_core.adversaries import Adversary, Entropic
 
 
@@ -129,7 +129,7 @@ class PromptGDRO:
     def share(self) -> Floats:
         """(B,) p_b > 0, running share of each bin among the prompts drawn; uniform before the first batch.
 
-        Never 0 (at least about 1e-100), so that q_b / p_b tells the weight of a bin whose first prompts arrive.
+        Never 0 (at least about 1e-100), so that q_b / p_b is the weight of a bin whose first prompts arrive.
         """
         if self._share_weight == 0:
             return np.full(self.num_bins, 1.0 / self.num_bins)
@@ -182,7 +182,7 @@ class PromptGDRO:
         """Continue from `state_dict()` of a game with the same settings; on ValueError nothing has changed."""
         if saved.get("version") == 2:
             saved = prompt_game_2(saved)
-        state("PromptGDRO", saved, self._settings(), ("share", "share_weight", "memory"))
+        check_state("PromptGDRO", saved, self._settings(), ("share", "share_weight", "memory"))
         share = floats("share", saved["share"], (self.num_bins,), 0.0, 1.0)
         share_weight = number("share_weight", saved["share_weight"], 0.0, 1.0)
         self._memory.load_state_dict(saved["memory"])

@@ -17,14 +17,14 @@ from numpy.typing import ArrayLike
 
 from gdro_core._budget import checked_bounds, played_arms, split_budget
 from gdro_core._old_states import published_controller_1, published_prompt_2, published_rollout_1
-from gdro_core._validate import Floats, Ints, floats, integer, integers, load_parts, number, state, unique_ids
+from gdro_core._validate import Floats, Ints, check_state, floats, integer, integers, load_parts, number, unique_ids
 from gdro_core.ambiguity import entropic
 from gdro_core.controller import Observation, Plan
 from gdro_core.difficulty import OnlineDifficultyClassifier, equal_edges
 from gdro_core.theory.paths import exact_budget_allocation
 from gdro_core.theory.price import ShadowPrice
 
-PATIENCE = 10  # batches observed without any losses until the controller complains
+BATCHES_WITHOUT_LOSSES = 10  # batches observed without any losses until `plan` raises an error
 
 
 class PublishedPromptGDRO:
@@ -112,7 +112,7 @@ class PublishedPromptGDRO:
         """Continue from `state_dict()` of a game with the same settings; on ValueError nothing has changed."""
         if saved.get("version") == 2:
             saved = published_prompt_2(saved)
-        state("PublishedPromptGDRO", saved, self._settings(), ("scores",))
+        check_state("PublishedPromptGDRO", saved, self._settings(), ("scores",))
         self._scores = floats("scores", saved["scores"], (self.num_bins,)).copy()
 
     def _settings(self) -> dict[str, Any]:
@@ -233,7 +233,7 @@ class PublishedRolloutGDRO:
         """Continue from `state_dict()` of a game with the same settings; on ValueError nothing has changed."""
         if saved.get("version") == 1:
             saved = published_rollout_1(saved)
-        state("PublishedRolloutGDRO", saved, self._settings(), ("scores", "price"))
+        check_state("PublishedRolloutGDRO", saved, self._settings(), ("scores", "price"))
         scores = floats("scores", saved["scores"], self._scores.shape)
         self.shadow_price.load_state_dict(saved["price"])
         self._scores = scores.copy()
@@ -294,10 +294,11 @@ class PublishedController:
             ValueError: ids empty or not unique, or a budget that cannot be met.
             RuntimeError: ten batches were observed and losses never came.
         """
-        if self._without_losses is not None and self._without_losses >= PATIENCE and (self.prompt or self.rollout):
+        batches = self._without_losses
+        if batches is not None and batches >= BATCHES_WITHOUT_LOSSES and (self.prompt or self.rollout):
             raise RuntimeError(
                 "published games learn from the update's losses alone, and none came in "
-                f"{self._without_losses} batches: call observe_losses(plan, losses) after each update, or use "
+                f"{batches} batches: call observe_losses(plan, losses) after each update, or use "
                 "GDROController.recommended"
             )
         names = unique_ids(ids)
@@ -335,12 +336,12 @@ class PublishedController:
 
     def metrics(self, observation: Observation) -> dict[str, Any]:
         """See `GDROController.metrics`."""
-        found = observation.by_bin(self.classifier.num_bins)
+        metrics = observation.by_bin(self.classifier.num_bins)
         if self.prompt is not None:
-            found["bin_probability"] = self.prompt.probabilities.tolist()
+            metrics["bin_probability"] = self.prompt.probabilities.tolist()
         if self.prompt is not None or self.rollout is not None:
-            found |= observation.steering(self.classifier.num_bins)
-        return found
+            metrics |= observation.steering(self.classifier.num_bins)
+        return metrics
 
     def state_dict(self) -> dict[str, Any]:
         """All memory as plain lists and numbers; `load_state_dict` continues bit for bit."""
@@ -357,7 +358,7 @@ class PublishedController:
         if saved.get("version") == 1:
             saved = published_controller_1(saved)
         parts = {"classifier": self.classifier, "prompt": self.prompt, "rollout": self.rollout}
-        state("PublishedController", saved, self._settings(), ("step", *parts))
+        check_state("PublishedController", saved, self._settings(), ("step", *parts))
         step = integer("step", saved["step"], 0)
         load_parts("PublishedController", parts, saved)
         self._step, self._without_losses = step, 0

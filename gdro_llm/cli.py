@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Stopped as stopped:
-        if _fails_first():
+        if _reports_failure():
             print(f"gdro: {stopped}", file=sys.stderr)
         return stopped.exit_code
     except KeyboardInterrupt:
@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\nstopped{resumes}", file=sys.stderr)
         return 130
     except Exception:
-        if _fails_first():
+        if _reports_failure():
             raise
         return 1  # not raised: another process under torchrun failed first and says why; this one fell with it
     return 0
@@ -168,17 +168,17 @@ def _processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _fails_first() -> bool:
-    """Whether it is on this process to say why the command ends."""
+def _reports_failure() -> bool:
+    """Whether this process says why the command ends."""
     if _processes() == 1:
         return True
-    from gdro_llm.engine.workers import fails_first
+    from gdro_llm.engine.workers import is_first_failure
 
-    return fails_first()
+    return is_first_failure()
 
 
 def _mistake(text: str) -> int:
-    if _fails_first():
+    if _reports_failure():
         print(f"gdro: error: {printable(text)}", file=sys.stderr)
     return 2
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from gdro_llm.config import Config, load_preset
-from gdro_llm.engine.policy import EMBEDDED
+from gdro_llm.engine.policy import EMBEDDED_MODEL
 from gdro_llm.problems.load import batch_indices, load_problems
 from gdro_llm.problems.rewards import grade_exact
 
@@ -89,11 +89,11 @@ def main() -> None:
             disable_tqdm=True,
         )
         trainer = GRPOTrainer(
-            AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32),
+            AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32),
             correct,
             settings,
             train_dataset=rows,
-            processing_class=AutoTokenizer.from_pretrained(EMBEDDED),
+            processing_class=AutoTokenizer.from_pretrained(EMBEDDED_MODEL),
             callbacks=[times],
         )
         trainer.train()

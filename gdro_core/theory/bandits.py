@@ -17,7 +17,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from gdro_core._validate import Floats, Ints, floats, integer, integers, number, state
+from gdro_core._validate import Floats, Ints, check_state, floats, integer, integers, number
 from gdro_core.theory.regret import tracking_complexity
 
 _MAX = float(np.finfo(np.float64).max)
@@ -85,11 +85,11 @@ class _Policy(ABC):
         """Settings and memory as plain lists and numbers."""
         return {**self._identity(), "rounds": self._rounds, "scores": self._scores.T.tolist()}
 
-    def load_state_dict(self, found: Mapping[str, Any]) -> None:
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Continue from `state_dict()` of a policy with the same settings; on ValueError nothing has changed."""
-        state(type(self).__name__, found, self._identity(), ("rounds", "scores"))
-        rounds = integer("rounds", found["rounds"], 0)
-        scores = floats("scores", found["scores"], self._scores.T.shape)
+        check_state(type(self).__name__, saved, self._identity(), ("rounds", "scores"))
+        rounds = integer("rounds", saved["rounds"], 0)
+        scores = floats("scores", saved["scores"], self._scores.T.shape)
         self._rounds, self._scores, self._cache = rounds, np.array(scores.T, order="C"), None
 
     def _identity(self) -> dict[str, Any]:

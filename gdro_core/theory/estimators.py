@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from gdro_core._validate import Floats, choice, floats, integer, integers, number
+from gdro_core._validate import Floats, check_choice, check_entries, check_whole, integer, number
 
 
 def pass_at_k(correct: ArrayLike, trials: ArrayLike, k: int) -> Floats:
@@ -67,7 +67,7 @@ def mean_at_k(correct: ArrayLike, trials: ArrayLike) -> MeanAtK:
 
     Args:
         correct: c, integers in [0, k]; any shape.
-        trials: k, integers >= 2 (one sample tells nothing about its variance), broadcast against `correct`.
+        trials: k, integers >= 2 (one sample says nothing about its variance), broadcast against `correct`.
 
     Returns:
         mean, variance: float64 arrays of the common shape.
@@ -140,7 +140,7 @@ def median_of_means(x: ArrayLike, delta: float, *, axis: int = -1) -> Floats:
     together.
 
     Departs: Bubeck et al. take about 8 log(1/delta) blocks (Hoeffding in (iii)) and drop the remainder of n/k. A sample
-    too small for its delta is refused here, because no such bound holds then.
+    too small for its delta raises an error here, because no such bound holds then.
 
     Shifting or scaling x (by any sign) does the same to the result.
 
@@ -236,7 +236,7 @@ def deviation_bound(estimator: str, n: int, moment: float, delta: float, *, orde
     >>> [round(deviation_bound(name, 400, 1.0, 1e-6), 3) for name in ("truncated_mean", "median_of_means", "mean")]
     [0.518, 1.0, 50.0]
     """
-    choice("estimator", estimator, ("truncated_mean", "median_of_means", "catoni_mean", "mean"))
+    check_choice("estimator", estimator, ("truncated_mean", "median_of_means", "catoni_mean", "mean"))
     size, u, r = integer("n", n, 1), _moment("moment", moment), _order(order)
     if estimator == "truncated_mean":
         return float(np.e * u ** (1.0 / r) * (log(2.0 / _delta(delta)) / size) ** (1.0 - 1.0 / r))
@@ -253,8 +253,9 @@ def deviation_bound(estimator: str, n: int, moment: float, delta: float, *, orde
 def _tallies(correct: ArrayLike, trials: ArrayLike) -> tuple[Floats, Floats]:
     """Successes and trials, checked and broadcast against each other."""
     c, n = np.broadcast_arrays(np.asarray(correct, dtype=np.float64), np.asarray(trials, dtype=np.float64))
-    integers("trials", n.ravel(), (-1,), 0, 2**53)
-    integers("correct", c.ravel(), (-1,), 0, 2**53)
+    for name, count in (("trials", n), ("correct", c)):
+        check_entries(name, count, 0.0, 2**53)
+        check_whole(name, count)
     if (c > n).any():
         raise ValueError(f"correct must be at most trials, got {c[c > n].flat[0]:g} of {n[c > n].flat[0]:g}")
     return c, n
@@ -265,7 +266,7 @@ def _samples(x: ArrayLike, axis: int) -> Floats:
     values = np.asarray(x, dtype=np.float64)
     if not -values.ndim <= axis < values.ndim or values.shape[axis] == 0:
         raise ValueError(f"x must have at least one value along axis {axis}, got shape {values.shape}")
-    floats("x", values.ravel(), (-1,))
+    check_entries("x", values)
     return np.moveaxis(values, axis, -1)
 
 

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from gdro_core._budget import checked_bounds, played_arms, split_budget
 from gdro_core._old_states import exact_play_1
-from gdro_core._validate import Floats, Ints, floats, integer, integers, number, state
+from gdro_core._validate import Floats, Ints, check_state, floats, integer, integers, number
 from gdro_core.theory.paths import allocation_marginals, path_learning_rate, sample_budget_allocation
 
 
@@ -133,7 +133,7 @@ class ExactPlay:
         """Continue from `state_dict()` of a game with the same settings; on ValueError nothing has changed."""
         if saved.get("version") == 1:
             saved = exact_play_1(saved)
-        state("ExactPlay", saved, self._settings(), ("scores", "rounds"))
+        check_state("ExactPlay", saved, self._settings(), ("scores", "rounds"))
         scores = floats("scores", saved["scores"], self._scores.shape)
         self._rounds = integer("rounds", saved["rounds"], 0)
         self._scores = scores.copy()

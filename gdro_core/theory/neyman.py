@@ -133,7 +133,7 @@ class PlugInNeyman:
         """Learn from one unit: the bin it was sampled from and the outcome seen, both of shape `replicates`."""
         b = integers("sampled", sampled, self.replicates, 0, self.num_bins - 1)[..., None]
         y = floats("outcome", outcome, self.replicates)
-        there = np.arange(self.num_bins) == b
-        self._squares += there * y[..., None] ** 2
-        self._trials += there
+        sampled_bin = np.arange(self.num_bins) == b
+        self._squares += sampled_bin * y[..., None] ** 2
+        self._trials += sampled_bin
         self._steps += 1

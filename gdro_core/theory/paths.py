@@ -14,7 +14,17 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from gdro_core._validate import Floats, Ints, choice, floats, integer, integers, number
+from gdro_core._validate import (
+    Floats,
+    Ints,
+    check_choice,
+    check_entries,
+    check_shape,
+    floats,
+    integer,
+    integers,
+    number,
+)
 
 
 def exact_budget_allocation(
@@ -173,7 +183,7 @@ def path_regret_bound(horizon: int, bins: int, arms: int, *, feedback: str, loss
 
 
 def _path_game(horizon: int, bins: int, arms: int, feedback: str, loss_range: float) -> tuple[int, float, float]:
-    choice("feedback", feedback, ("full", "bandit"))
+    check_choice("feedback", feedback, ("full", "bandit"))
     log_paths = (integer("bins", bins, 1) - 1) * log(integer("arms", arms, 1))
     return integer("horizon", horizon, 1), log_paths, number("loss_range", loss_range, 0.0, open_low=True)
 
@@ -239,7 +249,8 @@ def _gibbs(log_weights: ArrayLike, size: ArrayLike, budget: int, min_rollouts: i
     """The budget and per bin (A, S) P(arm | s left)."""
     table = np.asarray(log_weights, dtype=np.float64)
     allowed = table > -np.inf
-    floats("log_weights", np.where(allowed | np.isnan(table), table, 0.0), (-1, -1), -1e300, 1e300)
+    check_shape("log_weights", table, (-1, -1))
+    check_entries("log_weights", table[table != -np.inf], -1e300, 1e300)
     problem = _budget_problem("log_weights", table, size, budget, min_rollouts)
     peak = np.where(allowed.any(axis=1), table.max(axis=1), 0.0)
     log_total, laws = _nothing_left(problem), []
@@ -264,22 +275,22 @@ def _walk(laws: list[Floats], problem: _Budget, rng: np.random.Generator, sample
 
 def _marginals(laws: list[Floats], problem: _Budget) -> Floats:
     """(B, A) P(arm)."""
-    found = np.empty((len(laws), problem.options.size))
+    marginals = np.empty((len(laws), problem.options.size))
     present = np.zeros(problem.extra + 1)  # law of what is left
     present[-1] = 1.0
     for b, (law, cost) in enumerate(zip(laws, problem.cost, strict=True)):
         arms, budgets = law.shape
         joint = np.zeros((arms, budgets + cost * (arms - 1)))
         np.multiply(law, present, out=joint[:, :budgets])
-        found[b] = joint.sum(axis=1)
+        marginals[b] = joint.sum(axis=1)
         row, stride = joint.strides
         moved = np.ndarray(law.shape, np.float64, joint, 0, (row + cost * stride, stride))  # a view: arm k takes cost k
         present = moved.sum(axis=0)
-    return found
+    return marginals
 
 
 def _infeasible(problem: _Budget) -> ValueError:
-    """What to say of a budget that no path meets: the feasible ones next to it, below and above (those that exist)."""
+    """The error for a budget that no path meets; it names the nearest feasible budgets below and above."""
     sizes, low, budget = problem.size.tolist(), problem.low, problem.budget
     reach = 1  # bit s is set: the budget s can be met
     for size in sizes:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from math import sqrt
 from typing import Any
 
-from gdro_core._validate import integer, number, state
+from gdro_core._validate import check_state, integer, number
 
 
 @dataclass
@@ -58,14 +58,14 @@ class ShadowPrice:
         names = ("target", "step_size", "price", "updates", "mean_violation", "highest")
         return {"version": 1, **{name: getattr(self, name) for name in names}}
 
-    def load_state_dict(self, found: Mapping[str, Any]) -> None:
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Continue from `state_dict()` of a price with the same settings; on ValueError nothing has changed."""
         settings = {"version": 1, "target": self.target, "step_size": self.step_size}
-        state("ShadowPrice", found, settings, ("price", "updates", "mean_violation", "highest"))
-        price = number("price", found["price"], 0.0)
-        updates = integer("updates", found["updates"], 0)
-        mean_violation = number("mean_violation", found["mean_violation"], -self.target)
-        highest = number("highest", found["highest"], 0.0)
+        check_state("ShadowPrice", saved, settings, ("price", "updates", "mean_violation", "highest"))
+        price = number("price", saved["price"], 0.0)
+        updates = integer("updates", saved["updates"], 0)
+        mean_violation = number("mean_violation", saved["mean_violation"], -self.target)
+        highest = number("highest", saved["highest"], 0.0)
         self.price, self.updates, self.mean_violation, self.highest = price, updates, mean_violation, highest
 
 

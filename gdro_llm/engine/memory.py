@@ -112,10 +112,10 @@ def estimate(config: Config, gpu_bytes: float, gpus: int = 1, shape: Shape | Non
         reference = 4 * shape.parameters / gpus
         items["reference"] = (reference, reference, reference)
 
-    gathered = c * (2 * shape.block_parameters + shape.embedding_parameters)  # two blocks on their way, and the root
+    whole = c * (2 * shape.block_parameters + shape.embedding_parameters)  # two blocks on their way, and the root
     if gpus > 1:
         reduced = (c + 4) * max(shape.block_parameters, shape.embedding_parameters) if everything else 0
-        casts, sampler_casts = gathered + reduced, gathered
+        casts, sampler_casts = whole + reduced, whole
     else:  # the backward pass needs the casts of the blocks whose activations exist
         blocks = 1 if config.gradient_checkpointing else config.trainable_layers or shape.num_hidden_layers
         casts = 0 if c == 4 or lora else c * (blocks * matrices + head)
@@ -142,27 +142,27 @@ def estimate(config: Config, gpu_bytes: float, gpus: int = 1, shape: Shape | Non
     temporaries = 0.0 if config.optimizer == "adamw" else 4.0 * min(head, trained)  # one weight's moments
     items["temporaries of the optimizer"] = (0.0, 0.0, temporaries)
     torch_bytes = [sum(v[i] for name, v in items.items() if not name.startswith("vLLM")) for i in range(3)]
-    overhead = [CONTEXT + SLACK * found for found in torch_bytes]
+    overhead = [CONTEXT + SLACK * size for size in torch_bytes]
     items["CUDA context, fragments"] = (overhead[0], overhead[1], overhead[2])
     return Estimate(items, gpu_bytes, lacks, sequences)
 
 
-def summary(found: Estimate, gpus: int) -> str:
+def summary(needs: Estimate, gpus: int) -> str:
     """One line: each phase in GB a GPU."""
-    phases = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in found.phases.items())
-    return f"{phases} GB on {gpus} x {found.gpu_bytes / 1e9:.0f} GB, {found.sequences} full-length sequences at once"
+    phases = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in needs.phases.items())
+    return f"{phases} GB on {gpus} x {needs.gpu_bytes / 1e9:.0f} GB, {needs.sequences} full-length sequences at once"
 
 
 def table(config: Config, gpu_bytes: float, gpus: int = 1) -> str:
     """Items by phase as text."""
     shape = shape_of(config.model)
-    found = estimate(config, gpu_bytes, gpus, shape)
-    rows = [*found.items.items(), ("in all", tuple(found.phases.values()))]
+    needs = estimate(config, gpu_bytes, gpus, shape)
+    rows = [*needs.items.items(), ("in all", tuple(needs.phases.values()))]
     lines = [
         f"{config.model}: {shape.parameters:,} parameters, {trained_parameters(config, shape):,} trained",
         f"{f'GB on each of {gpus} x {gpu_bytes / 1e9:.0f} GB':34s}" + "".join(f"{name:>10s}" for name in PHASES),
         *(f"{name:34s}" + "".join(f"{size / 1e9:10.1f}" for size in sizes) for name, sizes in rows),
-        f"key-value cache: {found.sequences} sequences of {config.max_prompt_tokens + config.max_new_tokens} tokens",
+        f"key-value cache: {needs.sequences} sequences of {config.max_prompt_tokens + config.max_new_tokens} tokens",
     ]
     return "\n".join(lines)
 
@@ -174,19 +174,19 @@ def check_fits(config: Config, gpu_bytes: float, gpus: int = 1) -> str:
         UsageError: it does not fit; names what is short and changes that make it fit, cheapest first.
     """
     try:
-        found = estimate(config, gpu_bytes, gpus)
+        needs = estimate(config, gpu_bytes, gpus)
     except UnknownShape as error:
         return f"memory is not estimated: {error}"
-    if not found.shortage:
-        return summary(found, gpus)
+    if not needs.shortage:
+        return summary(needs, gpus)
     causes = [
         f"{name} needs {size / 1e9:.1f} GB of {gpu_bytes / 1e9:.1f} GB"
-        for name, size in found.phases.items()
+        for name, size in needs.phases.items()
         if size > gpu_bytes
     ]
-    if found.vllm_lacks:
+    if needs.vllm_lacks:
         causes.append(
-            f"vLLM's {config.vllm_memory:g} of {gpu_bytes / 1e9:.1f} GB is {found.vllm_lacks / 1e9:.1f} GB short of "
+            f"vLLM's {config.vllm_memory:g} of {gpu_bytes / 1e9:.1f} GB is {needs.vllm_lacks / 1e9:.1f} GB short of "
             "its weights and one sequence"
         )
     raise UsageError(

@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from gdro_llm.config import Config, UsageError
 from gdro_llm.engine.scoring import TokenLogprobs, run_prompts
-from gdro_llm.engine.workers import ALONE, Workers, full, reshard, shard
+from gdro_llm.engine.shapes import EMBEDDED_MODEL
+from gdro_llm.engine.workers import SINGLE_PROCESS, Workers, full, reshard, shard
 
-EMBEDDED = Path(__file__).parents[1] / "assets" / "quickstart"
 ADAPTERS = "adapters.safetensors"  # beside the merged model in a folder of `Policy.save`
 
 
@@ -38,7 +38,7 @@ class Policy:
     source: str = ""  # folder or hub name that `model` was loaded from (with adapters: their base)
     compute: torch.dtype = torch.float32
     start: TokenLogprobs | None = None  # frozen copy of the policy that training started from, if the KL needs one
-    workers: Workers = ALONE
+    workers: Workers = SINGLE_PROCESS
     scorer: TokenLogprobs = field(init=False)
 
     def __post_init__(self) -> None:
@@ -114,12 +114,12 @@ def _adapted(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
     return ((name, module) for name, module in model.named_modules() if hasattr(module, "lora_A"))
 
 
-def load_policy(config: Config, folder: Path | None = None, workers: Workers = ALONE) -> Policy:
-    """The policy of a configuration, or its later state in `folder`, in evaluation mode, frozen where asked for.
+def load_policy(config: Config, folder: Path | None = None, workers: Workers = SINGLE_PROCESS) -> Policy:
+    """The policy of a configuration, or its later state in `folder`, in evaluation mode, frozen as configured.
 
     With several processes all of them call it, and each holds its share of the weights afterwards.
     """
-    start: Path | str = EMBEDDED if config.model == "embedded" else Path(config.model)
+    start: Path | str = EMBEDDED_MODEL if config.model == "embedded" else Path(config.model)
     source: Path | str = start if folder is None or config.lora_rank else folder
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("device is 'cuda', but torch finds no GPU; use --device cpu or install a CUDA build of torch")
@@ -142,7 +142,7 @@ def load_policy(config: Config, folder: Path | None = None, workers: Workers = A
         frozen = _load(config, start, torch.float32)[0].requires_grad_(False)
         reference = TokenLogprobs(frozen, config.temperature, compute)
     policy = Policy(
-        model, tokenizer, stop_ids, config.temperature, str(_found(source, config)), compute, reference, workers
+        model, tokenizer, stop_ids, config.temperature, str(_model_source(source, config)), compute, reference, workers
     )
     for scorer in (policy.scorer, reference):
         if scorer is not None and workers.size > 1:
@@ -162,8 +162,8 @@ def device_type(config: Config) -> str:
     return "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def _found(source: Path | str, config: Config) -> Path | str:
-    """A model folder that is one, or else a hub name."""
+def _model_source(source: Path | str, config: Config) -> Path | str:
+    """The folder of the model, or else its hub name."""
     if (Path(source) / "config.json").is_file():
         return source
     if Path(source).exists() or config.model.startswith((".", "/", "~")):
@@ -172,8 +172,8 @@ def _found(source: Path | str, config: Config) -> Path | str:
 
 
 def _load(config: Config, source: Path | str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Model, on the CPU in evaluation mode, and tokenizer; refuses what cannot be trained."""
-    source = _found(source, config)
+    """Model, on the CPU in evaluation mode, and tokenizer; a UsageError for what cannot be trained."""
+    source = _model_source(source, config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source, padding_side="left", trust_remote_code=config.trust_remote_code
@@ -194,9 +194,9 @@ def _load(config: Config, source: Path | str, dtype: torch.dtype) -> tuple[Any, 
             f"cannot load model {config.model!r} ({str(error).splitlines()[0]}); "
             "--model takes a folder with a causal language model and its tokenizer, or a hub name within reach"
         ) from error
-    model, found = loaded
-    if found["missing_keys"]:  # transformers would go on with random numbers
-        raise UsageError(f"model {config.model!r} lacks weights, for example {min(found['missing_keys'])}")
+    model, loading = loaded
+    if loading["missing_keys"]:  # transformers would go on with random numbers
+        raise UsageError(f"model {config.model!r} lacks weights, for example {min(loading['missing_keys'])}")
     if not tokenizer.encode("1", add_special_tokens=False):  # transformers makes an empty one up
         raise UsageError(f"model {config.model!r} has no tokenizer files")
     if tokenizer.eos_token_id is None:

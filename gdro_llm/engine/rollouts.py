@@ -38,8 +38,8 @@ def joined(parts: Sequence[Rollouts]) -> Rollouts:
     width = max(part.tokens_R_T.shape[1] for part in parts)
 
     def stacked(name: str) -> torch.Tensor:
-        found = [getattr(part, name) for part in parts]
-        return torch.cat([torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in found])
+        tables = [getattr(part, name) for part in parts]
+        return torch.cat([torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in tables])
 
     return Rollouts(
         [prompt for part in parts for prompt in part.prompts],
@@ -85,8 +85,8 @@ def planned_rows(
 
 def position_limit(policy: Policy) -> int | None:
     """Longest sequence that the model was made for, where its configuration says so."""
-    found = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
-    return None if found is None else int(found)
+    limit = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
+    return None if limit is None else int(limit)
 
 
 def decode_texts(policy: Policy, tokens: list[list[int]], lengths: list[int], truncated: list[bool]) -> list[str]:

@@ -19,11 +19,11 @@ from typing import Any
 
 from gdro_llm.config import UsageError
 
-EMBEDDED = Path(__file__).parents[1] / "assets" / "quickstart"
+EMBEDDED_MODEL = Path(__file__).parents[1] / "assets" / "quickstart"
 
 
 class UnknownShape(UsageError):
-    """The model's shape cannot be found out: no estimates of memory and MFU, though training may work."""
+    """The model's shape is not known: no estimates of memory and MFU, though training may work."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def shape_of(model: str) -> Shape:
     """
     if (name := model.removesuffix("-Base")) in QWEN3:
         return QWEN3[name]
-    path = (EMBEDDED if model == "embedded" else Path(model)) / "config.json"
+    path = (EMBEDDED_MODEL if model == "embedded" else Path(model)) / "config.json"
     if path.is_file():
         return _from_config(json.loads(path.read_text(encoding="utf-8")), model)
     from transformers import AutoConfig
@@ -114,23 +114,23 @@ def shape_of(model: str) -> Shape:
         ) from error
 
 
-def _from_config(found: dict[str, Any], model: str) -> Shape:
-    if found.get("model_type") not in _FAMILIES:
+def _from_config(config: dict[str, Any], model: str) -> Shape:
+    if config.get("model_type") not in _FAMILIES:
         raise UnknownShape(
             f"the shape of model {model!r} is not known: model_type must be one of {', '.join(_FAMILIES)}, "
-            f"got {found.get('model_type')!r}"
+            f"got {config.get('model_type')!r}"
         )
-    qk_norm, qkv_bias = _FAMILIES[found["model_type"]]
-    heads = found["num_attention_heads"]
+    qk_norm, qkv_bias = _FAMILIES[config["model_type"]]
+    heads = config["num_attention_heads"]
     return Shape(
-        hidden_size=found["hidden_size"],
-        intermediate_size=found["intermediate_size"],
-        num_hidden_layers=found["num_hidden_layers"],
+        hidden_size=config["hidden_size"],
+        intermediate_size=config["intermediate_size"],
+        num_hidden_layers=config["num_hidden_layers"],
         num_attention_heads=heads,
-        num_key_value_heads=found.get("num_key_value_heads") or heads,
-        head_dim=found.get("head_dim") or found["hidden_size"] // heads,
-        vocab_size=found["vocab_size"],
-        tie_word_embeddings=found.get("tie_word_embeddings", False),
+        num_key_value_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        vocab_size=config["vocab_size"],
+        tie_word_embeddings=config.get("tie_word_embeddings", False),
         qk_norm=qk_norm,
         qkv_bias=qkv_bias,
     )

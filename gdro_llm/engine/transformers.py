@@ -174,11 +174,11 @@ def _start(
 
 def uniforms(seed: int, numbers_R: np.ndarray, steps: int) -> np.ndarray:
     """u[r, t] in [0, 1), (R, steps) float64: a function of seed, the row's number and t."""
-    found = [
+    rows = [
         np.random.Generator(np.random.Philox(key=np.array([seed, r], np.uint64))).random(steps)
         for r in numbers_R.tolist()
     ]
-    return np.stack(found) if found else np.zeros((0, steps))
+    return np.stack(rows) if rows else np.zeros((0, steps))
 
 
 def log_distribution(logits_B_V: torch.Tensor, decoding: Decoding) -> torch.Tensor:

@@ -63,7 +63,7 @@ class VLLMSampler:
                     logprobs_mode="processed_logprobs",
                     enable_prefix_caching=True,
                     enable_chunked_prefill=self._on_gpu,  # on a CPU it fails with seeds: its generators know no offset
-                    # beside other processes of a torchrun: an engine each, in the process group that is there
+                    # beside other processes of a torchrun: an engine each, in the existing process group
                     distributed_executor_backend="external_launcher" if torch.distributed.is_initialized() else None,
                     trust_remote_code=config.trust_remote_code,
                     seed=config.seed,
@@ -126,12 +126,12 @@ class VLLMSampler:
         ]
         inputs: Any = [{"prompt_token_ids": prompts[p]} for p in owner.tolist()]
         with self._plain():
-            found = [answer.outputs[0] for answer in self._engine.generate(inputs, requests, use_tqdm=False)]
-        lengths = [len(one.token_ids) for one in found]
+            completions = [answer.outputs[0] for answer in self._engine.generate(inputs, requests, use_tqdm=False)]
+        lengths = [len(one.token_ids) for one in completions]
         width = max([1, *lengths])
-        tokens, mask = np.zeros((len(found), width), np.int64), np.zeros((len(found), width), np.int64)
-        logprobs = np.zeros((len(found), width), np.float32)
-        for r, one in enumerate(found):
+        tokens, mask = (np.zeros((len(completions), width), np.int64) for _ in range(2))
+        logprobs = np.zeros((len(completions), width), np.float32)
+        for r, one in enumerate(completions):
             tokens[r, : lengths[r]] = one.token_ids
             mask[r, : lengths[r]] = 1
             logprobs[r, : lengths[r]] = one.logprobs.logprobs
@@ -140,7 +140,7 @@ class VLLMSampler:
                 "vLLM returns log-probabilities that are not finite; go back to an earlier checkpoint and lower "
                 "learning_rate, or use --dtype float32"
             )
-        truncated = [one.finish_reason == "length" for one in found]
+        truncated = [one.finish_reason == "length" for one in completions]
         texts = decode_texts(self.policy, tokens.tolist(), lengths, truncated)
         device = self.policy.device
         owner_R, tokens_R_T, mask_R_T, logprobs_R_T = (

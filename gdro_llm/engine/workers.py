@@ -1,7 +1,7 @@
-"""Several processes under torchrun: what each one samples and trains, what they tell each other, sharded weights.
+"""Several processes under torchrun: what each one samples and trains, what they exchange, sharded weights.
 
-Every process runs the same program: it draws the same plan, samples and grades the prompts that are dealt to it, learns
-the rewards of all others, and so holds the same controller. Only rows are divided, by whole prompts, and weights, by
+Every process runs the same program: it draws the same plan, samples and grades the prompts assigned to it, gets
+the rewards of all others, and so has the same controller. Only rows are divided, by whole prompts, and weights, by
 FSDP2 (`fully_shard`): each decoder layer is gathered when it is used, gradients are reduced in float32.
 
 Sampling has no lockstep (a process stops when its rows have ended), so the weights are gathered once around it
@@ -30,12 +30,12 @@ from torch.distributed.tensor import DTensor
 
 from gdro_llm.config import UsageError
 
-PATIENCE = timedelta(hours=4)  # the others wait while the first process writes a checkpoint; torchrun ends them sooner
+GROUP_TIMEOUT = timedelta(hours=4)  # the others wait while the first process writes; torchrun ends them sooner
 
 
 @dataclass(frozen=True)
 class Workers:
-    """The processes of a run and this one's place among them; all methods are called by all processes, in one order."""
+    """The processes of a run and this one's rank; every process calls all methods, in the same order."""
 
     rank: int = 0
     size: int = 1
@@ -44,9 +44,9 @@ class Workers:
         """The small Python object of every process, by rank."""
         if self.size == 1:
             return [value]
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
-        return found
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     def total(self, values: np.ndarray) -> np.ndarray:
         """Sum of an array over the processes, in float64, the same bits everywhere."""
@@ -57,10 +57,10 @@ class Workers:
         if self.size > 1:
             dist.barrier()
 
-    def deal(self, counts_P: np.ndarray, parts: int = 1) -> np.ndarray:
+    def assign(self, counts_P: np.ndarray, parts: int = 1) -> np.ndarray:
         """Rows of the plan that this process samples and trains, ascending; the processes' rows are a partition.
 
-        Whole prompts are dealt, the largest first, each to the process with the fewest rows so far, separately within
+        Whole prompts are assigned, the largest first, each to the process with the fewest rows so far, separately in
         each of `parts` equal consecutive parts of the prompts (the mini-batches), so that all are busy in every one.
         """
         process_P = np.zeros(len(counts_P), int)
@@ -73,14 +73,14 @@ class Workers:
 
     def collect(self, rows: np.ndarray, values: Any, total: int) -> list[Any]:
         """One value for each of all `total` rows of the plan, from every process' own `rows`."""
-        found: list[Any] = [None] * total
-        for theirs, what in self.gather((rows.tolist(), list(values))):
-            for row, value in zip(theirs, what, strict=True):
-                found[row] = value
-        return found
+        collected: list[Any] = [None] * total
+        for their_rows, their_values in self.gather((rows.tolist(), list(values))):
+            for row, value in zip(their_rows, their_values, strict=True):
+                collected[row] = value
+        return collected
 
 
-ALONE = Workers()
+SINGLE_PROCESS = Workers()
 
 
 def start_workers(device: str) -> Workers:
@@ -102,7 +102,7 @@ def start_workers(device: str) -> Workers:
             )
         torch.cuda.set_device(local)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=GROUP_TIMEOUT)
     return Workers(rank, size)
 
 
@@ -113,30 +113,31 @@ def stop_workers() -> None:
 
 
 @cache
-def fails_first() -> bool:
-    """Whether no other process of this torchrun failed before this one: it says why, the others end with it.
+def is_first_failure() -> bool:
+    """Record that this process fails; whether no other process of this torchrun failed before it.
 
-    To be asked where something fails, while the process group still stands: without it the others fail, too.
+    The first one says why; the others fail because of it. Call it where something fails, while the process group still
+    exists: when the group ends, the others fail, too.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return True
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:  # torchrun's own store
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        patience = timedelta(seconds=5)
-        store = TCPStore(address, port, is_master=False, timeout=patience, wait_for_workers=False)
+        timeout = timedelta(seconds=5)
+        store = TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)
         return store.add(f"gdro/failed/{attempt}", 1) == 1
-    except (dist.DistError, KeyError):  # nobody there to ask: better said twice than never
+    except (dist.DistError, KeyError):  # no store to ask: a second message is better than none
         return True
 
 
 @contextmanager
-def failures_noted() -> Iterator[None]:
-    """Settles `fails_first` as soon as something fails."""
+def record_failures() -> Iterator[None]:
+    """Call `is_first_failure` as soon as something fails: its answer is kept."""
     try:
         yield
     except BaseException:
-        fails_first()
+        is_first_failure()
         raise
 
 

@@ -1,9 +1,9 @@
 r"""TRL's GRPOTrainer under a controller: `GDROTrainer` wraps four of its methods and copies none.
 
-A generation batch of TRL is N prompts x n_bar rows (`num_generations`), dealt to the processes in slices. Once a batch,
-on every process alike:
+A generation batch of TRL is N prompts x n_bar rows (`num_generations`), split over the processes. Once a batch, on every
+process:
 
-1. The N ids are gathered, the controller plans, and the same N n_bar row slots are dealt anew, `plan.counts[i]` to
+1. The N ids are gathered, the controller plans, and the same N n_bar row slots are assigned anew, `plan.counts[i]` to
    prompt i with all its columns. TRL then samples, grades and measures lengths row by row, and never sees the counts.
 2. TRL's own advantages assume n_bar rows a prompt. They are replaced by those of the ragged groups, times the factor
    of the own loop (`objective.rollout_scale`: the prompt's weight). For every loss of TRL that is the
@@ -59,12 +59,12 @@ def add_prompt_ids(
     """The data set with a column `prompt_id`: `source`, "/" and a hash of the content, as the own loop names problems.
 
     Args:
-        dataset: a `Dataset`, or an `IterableDataset`, whose repetitions are found only when they meet in a batch.
+        dataset: a `Dataset`, or an `IterableDataset`, where repetitions are noticed only within a batch.
         source: where the prompts come from; keeps sets that are concatenated afterwards apart.
         columns: what makes a prompt what it is; texts, or conversations and other JSON. Pictures need ids of your own.
 
     Raises:
-        UsageError: a column is missing or no JSON, the ids are there already, or a prompt stands twice.
+        UsageError: a column is missing or no JSON, the ids are present already, or a prompt occurs twice.
     """
     known = dataset.column_names
     if known is not None:
@@ -90,14 +90,14 @@ def add_prompt_ids(
         if (other := first.setdefault(name(row), i)) != i:
             raise UsageError(
                 f"dataset rows {other} and {i} are the same in {', '.join(columns)}; a prompt has one difficulty, so "
-                "keep one of them, or name in columns what tells them apart"
+                "keep one of them, or name in columns what distinguishes them"
             )
     return dataset.add_column(ID, list(first))
 
 
 @dataclass
-class _Batch:
-    """A generation batch in the making."""
+class _PlannedBatch:
+    """A generation batch between its plan and its rewards."""
 
     plan: Plan
     rows: slice  # this process' part of plan.owner
@@ -140,12 +140,12 @@ class GDROTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is not installed ev
         for message in _refusals(type(self), given, controller, aggregation):
             raise UsageError(message)
         self.controller, self.to_unit, self.aggregation = controller, to_unit, aggregation
-        self._batch: _Batch | None = None  # while one is made in training
+        self._batch: _PlannedBatch | None = None  # while one is made in training
         self._sampler: Any = None  # a streamed data set has none
         super().__init__(*positional, **named)
         if to_unit is None and len(self.reward_funcs) != 1:
             raise UsageError(
-                f"to_unit must say which of the {len(self.reward_funcs)} reward functions tells a correct rollout, "
+                f"to_unit must say which of the {len(self.reward_funcs)} reward functions decides what is correct, "
                 "for the first: to_unit=lambda r: r[:, 0]"
             )
 
@@ -158,7 +158,7 @@ class GDROTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is not installed ev
         if any(other != decided for other in gather_object([decided])):
             raise UsageError("controller must be the same on every process, got different plans; give it one seed")
         start = self.accelerator.process_index * len(inputs)
-        batch = self._batch = _Batch(plan, slice(start, start + len(inputs)))
+        batch = self._batch = _PlannedBatch(plan, slice(start, start + len(inputs)))
         try:
             output = super()._generate_and_score_completions([dict(prompts[p]) for p in plan.owner[batch.rows]])
         finally:
@@ -212,7 +212,7 @@ class GDROTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is not installed ev
         if len(ids) != self.args.generation_batch_size or any(x != ids[j - j % size] for j, x in enumerate(ids)):
             raise UsageError(
                 f"a generation batch must hold each prompt on num_generations = {size} successive rows, as TRL's "
-                "sampler deals them; use no other sampler, collator or dispatch_batches"
+                "sampler yields them; use no other sampler, collator or dispatch_batches"
             )
         return list(gather_object([row for j, row in enumerate(rows, start=first) if j % size == 0]))
 
@@ -256,13 +256,13 @@ class GDROTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is not installed ev
                 f"resume_from_checkpoint must name a checkpoint of GDROTrainer, {checkpoint} has no {STATE}: take an "
                 "earlier one, or give it as model to start a run of its own"
             )
-        found = json.loads(path.read_bytes())
-        if found["left"]:
+        saved = json.loads(path.read_bytes())
+        if saved["left"]:
             raise UsageError(
                 f"resume_from_checkpoint must lie between two generation batches, {checkpoint} lies inside one with "
-                f"{found['left']} of its micro-batches left, which no checkpoint holds: take an earlier one"
+                f"{saved['left']} of its micro-batches left, which no checkpoint holds: take an earlier one"
             )
-        self.controller.load_state_dict(found["controller"])
+        self.controller.load_state_dict(saved["controller"])
         if getattr(self._sampler, "shuffle", False):  # it draws an order at the start of every epoch
             for _ in range(int(self.state.epoch)):
                 torch.randperm(self._sampler.num_samples, generator=self._sampler.generator)
@@ -302,7 +302,7 @@ def _refusals(
         return
     if isinstance(controller, PublishedController):
         yield (
-            "controller must not be a published one: its games need losses of the update, which TRL does not tell; "
+            "controller must not be a published one: its games need losses of the update, which TRL does not pass on; "
             "use GDROController.recommended, or the own loop (gdro train --controller published-prompt)"
         )
         return

@@ -58,7 +58,7 @@ LOSSES = ("vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "geo_mean", "c
 
 @dataclass
 class Settings:
-    """What stands under the key `gdro` of verl's configuration."""
+    """The key `gdro` of verl's configuration."""
 
     controller: str = "recommended"  # one of CONTROLLERS; "grpo" is plain GRPO with difficulty in the metrics
     min_rollouts: int = 2  # fewest rollouts a prompt can get; of a group of one, verl makes no advantage
@@ -76,24 +76,24 @@ class Settings:
             UsageError: a key that is not a field, or a value of another type or range.
         """
         try:
-            found = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), config.get("gdro") or {}))
+            settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), config.get("gdro") or {}))
         except OmegaConfBaseException as error:
             known = ", ".join(cls.__dataclass_fields__)
             raise UsageError(f"gdro.{error.full_key}: {error.msg.splitlines()[0]}; the keys are {known}") from error
-        assert isinstance(found, cls)
+        assert isinstance(settings, cls)
         for name, value, choices in (
-            ("controller", found.controller, CONTROLLERS),
-            ("aggregation", found.aggregation, ("rollout", "prompt")),
+            ("controller", settings.controller, CONTROLLERS),
+            ("aggregation", settings.aggregation, ("rollout", "prompt")),
         ):
             if value not in choices:
                 raise UsageError(f"gdro.{name} must be one of {', '.join(choices)}, got {value!r}")
         mean = config.actor_rollout_ref.rollout.n
-        if not 2 <= found.min_rollouts <= mean <= found.max_rollouts:
+        if not 2 <= settings.min_rollouts <= mean <= settings.max_rollouts:
             raise UsageError(
                 "rollouts must satisfy 2 <= gdro.min_rollouts <= actor_rollout_ref.rollout.n <= gdro.max_rollouts, "
-                f"got 2 <= {found.min_rollouts} <= {mean} <= {found.max_rollouts}"
+                f"got 2 <= {settings.min_rollouts} <= {mean} <= {settings.max_rollouts}"
             )
-        return found
+        return settings
 
     def build(self, mean_rollouts: int) -> GDROController:
         """The controller these settings name.
@@ -173,7 +173,7 @@ def prompt_ids(sources: Sequence[Any] | None, extra_infos: Sequence[Any] | None)
     """
     if sources is None or extra_infos is None:
         raise UsageError("rows of data.train_files must have data_source and extra_info.index, which name a prompt")
-    found: dict[str, int] = {}
+    row_of: dict[str, int] = {}
     for row, (source, info) in enumerate(zip(sources, extra_infos, strict=True)):
         index = info.get("index") if isinstance(info, Mapping) else None
         if source is None or index is None:
@@ -182,13 +182,13 @@ def prompt_ids(sources: Sequence[Any] | None, extra_infos: Sequence[Any] | None)
                 f"{source!r} and {info!r}; number the rows of each source"
             )
         name = f"{source}/{index}"
-        if name in found:
+        if name in row_of:
             raise UsageError(
                 f"data_source and extra_info.index must name one prompt of a batch, got {name!r} twice; number the "
                 "rows of each source, drop repeated ones, and leave data.gen_batch_size at data.train_batch_size"
             )
-        found[name] = row
-    return list(found)
+        row_of[name] = row
+    return list(row_of)
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,7 @@ from gdro_llm.measuring.run_directory import RunDirectory, read_object
 from gdro_llm.measuring.style import RUNS, image
 from gdro_llm.problems.load import CELL_SETS, load_problems, read_set
 from gdro_llm.problems.problem import Problem
-from gdro_llm.problems.prompting import BASE_TEMPLATE, CHAT_TEMPLATE, room_for
+from gdro_llm.problems.prompting import BASE_TEMPLATE, CHAT_TEMPLATE, with_prompt_limit
 from gdro_llm.problems.rewards import Grader
 from gdro_llm.training.checkpoint import find_checkpoint, write_file
 from gdro_llm.training.evaluation import Scores, by_own_pass_rate, rates_of, score, tabulate
@@ -70,7 +70,7 @@ def evaluate_model(model: str, data: str, out: Path | None, **overrides: object)
         raise UsageError(f"cannot write into {out}; choose another --out")
 
     every = [problem for part in problems for problem in part]
-    sampling = room_for(policy.tokenizer, every, config)
+    sampling = with_prompt_limit(policy.tokenizer, every, config)
     with Grader(config) as grader, out_of_memory_advice(config), closing(make_sampler(policy, sampling)) as sampler:
         grader.check_gold(every)
         scores = {

@@ -28,7 +28,7 @@ from gdro_core import PublishedController
 from gdro_llm.config import Config, UsageError
 from gdro_llm.engine.policy import Policy, load_policy
 from gdro_llm.engine.transformers import HFSampler
-from gdro_llm.engine.workers import ALONE
+from gdro_llm.engine.workers import SINGLE_PROCESS
 from gdro_llm.measuring.compare import Method
 from gdro_llm.problems.load import hold_out, load_problems
 from gdro_llm.problems.problem import Problem
@@ -116,7 +116,7 @@ def _halves(
     with Grader(config) as grader:
         for step in tqdm(range(warm_up + batches), desc=label, unit="batch", leave=False):
             clock = Clock(policy.device)
-            collected = collect(step, problems, controller, sampler, grader, config, ALONE, clock)
+            collected = collect(step, problems, controller, sampler, grader, config, SINGLE_PROCESS, clock)
             if step >= warm_up:
                 halves = [np.flatnonzero(collected.plan.owner % 2 == half) for half in (0, 1)]
                 ascents.append(torch.stack([ascent(policy, collected.batch.select(rows), config) for rows in halves]))

@@ -8,7 +8,7 @@ probability .005 to .05, and every other strategy ends in a wrong answer, so tha
     12*3=36              the direct answer
     123+45=?861=168      strategy "?", scratch work "861" (the sum written from its last digit), answer 168
 
-A model is brought there by supervised examples (``warm_start_example``). The control character "!" in place of "=" asks
+A model learns this by supervised examples (``warm_start_example``). The control character "!" in place of "=" asks
 for the scratch work: it teaches the skill while the propensity to use it stays rare.
 
 ``SHARED_CELLS`` are the same cells with one strategy for all of them: what is learnt on one helps on every other.
@@ -205,14 +205,14 @@ def cell_problems(split: Split, per_level: dict[str, int], seed: int, cells: tup
     problems: list[Problem] = []
     for cell in cells:
         wanted = per_level.get(cell.level, 0)
-        found: dict[str, Problem] = {}
+        by_question: dict[str, Problem] = {}
         draws = cell.examples(random.Random(f"{seed}/{cell.name}"), split)
         for _ in range(60 * wanted):
-            if len(found) == wanted:
+            if len(by_question) == wanted:
                 break
             question, answer, scratch = next(draws)
             accepted = (answer,) if scratch is None else (answer, scratch)
-            found[question] = Problem(
+            by_question[question] = Problem(
                 id=f"cells/{cell.name}/{question}",
                 prompt=question + ANSWER,
                 answer=answer,
@@ -220,9 +220,9 @@ def cell_problems(split: Split, per_level: dict[str, int], seed: int, cells: tup
                 level=cell.level,
                 accepted=accepted,
             )
-        if len(found) < wanted:
-            raise ValueError(f"per_level asks {wanted} problems of {cell.name}, {split} holds about {len(found)}")
-        problems += found.values()
+        if len(by_question) < wanted:
+            raise ValueError(f"per_level asks {wanted} problems of {cell.name}, {split} holds about {len(by_question)}")
+        problems += by_question.values()
     return problems
 
 

@@ -63,16 +63,16 @@ def ladder_problems(split: str) -> list[Problem]:
         while len(shots) < SHOTS:
             shots.update([draw(rng)])
         header = "".join(f"Q: {question}\nA: {answer}\n\n" for question, answer in shots.items())
-        found: dict[str, int] = {}
+        answers: dict[str, int] = {}
         for _ in range(100 * PER_TASK[split]):  # one-digit tasks run out of distinct problems before 60
             question, answer = draw(rng)
             held_out = zlib.crc32(question.encode()) % 4 == 0
             if question not in shots and held_out == (split == "test"):
-                found.setdefault(question, answer)
-            if len(found) == PER_TASK[split]:
+                answers.setdefault(question, answer)
+            if len(answers) == PER_TASK[split]:
                 break
         problems += [
             Problem(f"ladder/{task}/{question}", f"{header}Q: {question}\nA:", str(answer), task, level)
-            for question, answer in found.items()
+            for question, answer in answers.items()
         ]
     return problems

@@ -2,7 +2,7 @@
 
 Names are the embedded sets ("cells", "ladder") and the public ones (`public.KNOWN`); files are .jsonl or .parquet with
 `problem` and `answer`, and `id`, `level`, `subject`, `source` if they have them. A flaw in a file of the user's own is
-an error. Training problems of a public set that stand in a test set are left out, and counted in a line of the log.
+an error. Training problems of a public set that occur in a test set are left out, and counted in a line of the log.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from gdro_llm.problems.problem import Problem
 from gdro_llm.problems.public import KNOWN, content, content_hash, first_line, read_hub
 
 CELL_SETS = ("cells", "cells-shared", "cells-light", "cells-heavy")
-EMBEDDED = (*CELL_SETS, "ladder")
+EMBEDDED_SETS = (*CELL_SETS, "ladder")
 
 
 def load_problems(config: Config) -> tuple[list[Problem], list[Problem]]:
     """Training and test problems of a configuration, without overlap."""
-    if config.data in EMBEDDED:
+    if config.data in EMBEDDED_SETS:
         if config.test_data:
             raise UsageError(f"test_data must be empty with data {config.data!r}, which brings its own")
         train, test = _embedded(config.data, "train"), _embedded(config.data, "test")
@@ -59,8 +59,8 @@ def _held_out(train: list[Problem], config: Config) -> tuple[list[Problem], list
     if not wanted:
         return train, []
     if config.data in CELL_SETS:
-        found = _embedded(config.data, "validation")
-        return train, [found[i] for i in _some(len(found), min(wanted, len(found)))]
+        own = _embedded(config.data, "validation")
+        return train, [own[i] for i in _some(len(own), min(wanted, len(own)))]
     if wanted > len(train) - config.batch_size:
         raise UsageError(
             f"validation_problems must leave a batch of the {len(train)} problems of {config.data}, got {wanted}"
@@ -77,24 +77,24 @@ def _some(size: int, wanted: int) -> list[int]:
 def read_sets(names: str) -> list[Problem]:
     """Problems of one or more sets, names or files, separated by commas; `task` is the set's name (a file's stem)."""
     parts = [part.strip() for part in names.split(",")]
-    found: dict[str, list[Problem]] = {}
+    sets: dict[str, list[Problem]] = {}
     for part in parts:
         short = Path(part).stem if Path(part).suffix else part
-        if short in found:
+        if short in sets:
             raise UsageError(f"test_data must hold sets of different names, got {short!r} twice in {names!r}")
-        found[short] = [replace(problem, task=short) for problem in read_set(part, "test")]
-    problems = [problem for part in found.values() for problem in part]
+        sets[short] = [replace(problem, task=short) for problem in read_set(part, "test")]
+    problems = [problem for part in sets.values() for problem in part]
     seen: dict[str, Problem] = {}
     for problem in problems:
         if problem.id in seen:
-            raise UsageError(f"the id {problem.id!r} stands in two sets of {names!r}; ids must be unique")
+            raise UsageError(f"the id {problem.id!r} occurs in two sets of {names!r}; ids must be unique")
         seen[problem.id] = problem
     return problems
 
 
 def read_set(name: str, split: str = "train") -> list[Problem]:
     """Problems of one set: embedded (of a split), public, or a file."""
-    if name in EMBEDDED:
+    if name in EMBEDDED_SETS:
         return _embedded(name, split)
     if name in KNOWN:
         return read_hub(name, KNOWN[name])
@@ -133,7 +133,7 @@ def read_jsonl(path: Path) -> list[Problem]:
 
 def _from_rows(path: Path, rows: Iterable[tuple[str, Any]]) -> list[Problem]:
     """Problems of a user's file; `rows` gives each with its place for messages."""
-    found: dict[str, Problem] = {}
+    by_id: dict[str, Problem] = {}
     answers: dict[str, Problem] = {}
     for where, row in rows:
         text = row.get("problem") if isinstance(row, dict) else None
@@ -154,15 +154,15 @@ def _from_rows(path: Path, rows: Iterable[tuple[str, Any]]) -> list[Problem]:
         other = answers.setdefault(content(text), problem)
         if other.answer != problem.answer:
             raise UsageError(
-                f"{where}: the text of {name!r} also stands there as {other.id!r}, with the answer {other.answer!r} "
+                f"{where}: the text of {name!r} also occurs as {other.id!r}, with the answer {other.answer!r} "
                 f"instead of {problem.answer!r}; keep the right one"
             )
-        if name in found:
-            raise UsageError(f"{where}: the id {name!r} stands twice; ids must be unique")
-        found[name] = problem
-    if not found:
+        if name in by_id:
+            raise UsageError(f"{where}: the id {name!r} occurs twice; ids must be unique")
+        by_id[name] = problem
+    if not by_id:
         raise UsageError(f"{path} holds no problems")
-    return list(found.values())
+    return list(by_id.values())
 
 
 def _embedded(name: str, split: str) -> list[Problem]:
@@ -176,23 +176,23 @@ def _embedded(name: str, split: str) -> list[Problem]:
 
 
 def _without(train: list[Problem], test: list[Problem], name: str) -> list[Problem]:
-    """Training problems that do not stand in the test set; in a file they are an error, in a public set left out."""
+    """Training problems that are not in the test set; in a file they are an error, in a public set left out."""
     held_out = {content(problem.prompt) for problem in test}
     kept = [problem for problem in train if content(problem.prompt) not in held_out]
     leaked = len(train) - len(kept)
     if leaked and name not in KNOWN:
         example = next(problem for problem in train if content(problem.prompt) in held_out)
         raise UsageError(
-            f"{leaked} problems of test_data stand in data too, for example {example.prompt[:80]!r}; "
+            f"{leaked} problems of test_data occur in data too, for example {example.prompt[:80]!r}; "
             "remove them from one of the files"
         )
     if leaked:
-        tqdm.write(f"data set {name!r}: {leaked} of {len(train)} problems that stand in test_data left out")
+        tqdm.write(f"data set {name!r}: {leaked} of {len(train)} problems that occur in test_data left out")
     return kept
 
 
 def _choose() -> str:
-    return f"choose {', '.join(EMBEDDED)}, {', '.join(KNOWN)}, or give a .jsonl or .parquet file"
+    return f"choose {', '.join(EMBEDDED_SETS)}, {', '.join(KNOWN)}, or give a .jsonl or .parquet file"
 
 
 def _refuse(constant: str) -> None:

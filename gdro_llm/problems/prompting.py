@@ -1,8 +1,7 @@
 r"""From a problem to the tokens that the policy continues.
 
-`prompt_style` "plain" is the template as it stands, for base models: the tokens that the tokenizer puts at a start
-(BOS) come first, none that it puts at an end. "chat" is the template as the user's turn of the tokenizer's chat
-template, with the opening of the assistant's turn; `thinking` decides whether that lets the model think first.
+`prompt_style` "plain" is the template unchanged, for base models: after the tokenizer's tokens for a start (BOS), without
+those for an end. "chat" is the template as the user's turn of the tokenizer's chat template, with the opening of the assistant's turn; `thinking` decides whether that lets the model think first.
 """
 
 from __future__ import annotations
@@ -54,8 +53,8 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, problem: Problem, config: 
     return list(encoded["input_ids"][:length])
 
 
-def room_for(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], config: Config) -> Config:
-    """The configuration with room for the prompts of problems that are evaluated, however long: none is left out."""
+def with_prompt_limit(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], config: Config) -> Config:
+    """The configuration with `max_prompt_tokens` raised to the longest prompt of these problems: none is left out."""
     longest = max(len(prompt_tokens(tokenizer, problem, config)) for problem in problems)
     return replace(config, max_prompt_tokens=max(longest, config.max_prompt_tokens))
 

@@ -1,7 +1,7 @@
 """Public sets of problems, loaded from the hub.
 
-They have flaws that nobody who loads them can mend: rows without an answer, repetitions and texts with contradictory
-answers are left out, and counted in a line of the log.
+They have flaws. Rows without an answer, repetitions and texts with contradictory answers are left out, and counted in a
+line of the log.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def read_hub(name: str, source: PublicSet) -> list[Problem]:
     for column in wanted:
         if isinstance(column, str) and rows and column not in rows[0]:
             raise UsageError(f"{where} has no column {column!r}, only {', '.join(rows[0])}: it has changed")
-    found: dict[str, Problem] = {}
+    by_content: dict[str, Problem] = {}
     left_out = dict.fromkeys(("rows without an answer", "rows repeated", "texts with contradictory answers"), 0)
     contradictory = set()
     for row in rows:
@@ -127,23 +127,23 @@ def read_hub(name: str, source: PublicSet) -> list[Problem]:
             left_out["rows without an answer"] += 1
             continue
         key = content(text)
-        if key in found:
+        if key in by_content:
             left_out["rows repeated"] += 1
-            if found[key].answer != answer:
+            if by_content[key].answer != answer:
                 contradictory.add(key)
             continue
         level = str(row[source.level]).removeprefix("Level ") if source.level else ""
         task = str(row[source.subject] or name) if source.subject else name
-        found[key] = Problem(f"{name}/{content_hash(text)}", text, answer, task, level)
+        by_content[key] = Problem(f"{name}/{content_hash(text)}", text, answer, task, level)
     for key in contradictory:
-        del found[key]
+        del by_content[key]
     left_out["texts with contradictory answers"] = len(contradictory)
     for reason, count in left_out.items():
         if count:
             tqdm.write(f"{where}: {count} of {len(rows)} {reason} left out")
-    if not found:
+    if not by_content:
         raise UsageError(f"{where} holds no problems with answers")
-    return list(found.values())
+    return list(by_content.values())
 
 
 def _value(row: Row, column: str | Callable[[Row], str]) -> str:

@@ -1,9 +1,9 @@
 r"""Is a completion correct? Graders take problems and the texts of completions and return 1.0 or 0.0.
 
 `exact` and `number` compare texts and numbers. `math` accepts every mathematically equal form of the gold answer, in
-three steps, of which the first that decides counts:
+three steps; the first step that decides counts:
 
-1. What follows the last </think> is the answer, and of that what stands in the last \boxed{}.
+1. What follows the last </think> is the answer; if it has a \boxed{}, the content of the last one.
 2. The content of a single box is compared as text (spacing, \left, \text, dollar signs aside) and as a number.
 3. Anything else goes to math-verify (LaTeX, sets, intervals, matrices, units, percent; without a box the last formula).
    Departs: numbers below .01 must also agree to four digits, since math-verify rounds to six decimals and takes 1.2e-7
@@ -53,10 +53,10 @@ def grade_number(problem: Problem, completion: str) -> float:
 def grade_math(problem: Problem, completion: str) -> float:
     r"""The answer is mathematically equal to the gold answer, in this process and without bounds on time or memory.
 
-    Of several \boxed{} the last counts; where they stand close together ("\boxed{1} or \boxed{2}") they are one set.
+    Of several \boxed{} the last counts; where they are close together ("\boxed{1} or \boxed{2}") they are one set.
     """
-    found = compare_boxed(problem.answer, completion)
-    return verify_math(problem.answer, completion) if found is None else found
+    verdict = compare_boxed(problem.answer, completion)
+    return verify_math(problem.answer, completion) if verdict is None else verdict
 
 
 GRADERS: dict[str, Callable[[Problem, str], float]] = {
@@ -109,9 +109,9 @@ class Grader:
         rewards_R = np.zeros(len(texts))
         waiting: dict[int, Any] = {}
         for r, (problem, text) in enumerate(zip(problems, texts, strict=True)):
-            found = compare_boxed(problem.answer, text)
-            if found is not None:
-                rewards_R[r] = found
+            verdict = compare_boxed(problem.answer, text)
+            if verdict is not None:
+                rewards_R[r] = verdict
             else:  # what a worker would not look at need not travel
                 arguments = (self._verify, self._seconds, problem.answer, _window(text))
                 waiting[r] = self._pool.schedule(_in_time, args=arguments, timeout=self._seconds)
@@ -162,11 +162,11 @@ def verify_math(answer: str, completion: str) -> float:
     """math-verify's opinion; may take for ever, all memory, or the process."""
     from math_verify import verify
 
-    gold, found = _parse_gold(answer), _parse(_window(completion))
-    if not gold or not found or not verify(gold, found, timeout_seconds=None):
+    gold, parsed = _parse_gold(answer), _parse(_window(completion))
+    if not gold or not parsed or not verify(gold, parsed, timeout_seconds=None):
         return 0.0
-    if all(getattr(value, "is_number", False) and value.is_finite for value in (gold[0], found[0])):
-        a, b = gold[0].evalf(15), found[0].evalf(15)
+    if all(getattr(value, "is_number", False) and value.is_finite for value in (gold[0], parsed[0])):
+        a, b = gold[0].evalf(15), parsed[0].evalf(15)
         size = max(abs(a), abs(b))
         return float(not (size < 0.01 and abs(a - b) > 1e-4 * size))
     return 1.0
@@ -174,7 +174,7 @@ def verify_math(answer: str, completion: str) -> float:
 
 @lru_cache(maxsize=10_000)
 def _parse_gold(answer: str) -> Any:
-    return _parse(f"\\boxed{{{_undollar(answer).strip()}}}")
+    return _parse(f"\\boxed{{{_without_dollars(answer).strip()}}}")
 
 
 def _parse(text: str) -> Any:
@@ -189,9 +189,9 @@ def _in_time(verify: Callable[[str, str], float], seconds: float, answer: str, c
     """A task of a worker. The kernel ends one that outlives its parent, which then cannot, a second after its time."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, seconds + 1.0)
-    found = verify(answer, completion)
+    verdict = verify(answer, completion)
     signal.setitimer(signal.ITIMER_REAL, 0.0)
-    return found
+    return verdict
 
 
 def _prepare_worker() -> None:
@@ -212,15 +212,15 @@ def _window(completion: str) -> str:
 
 def _boxes(text: str) -> list[str]:
     r"""Contents of all \boxed{...}; one that is never closed is left out."""
-    found = []
+    contents = []
     for match in re.finditer(r"\\boxed\s*\{", text):
         depth = 1
         for brace in re.finditer(r"\\.|[{}]", text[match.end() :], re.DOTALL):
             depth += {"{": 1, "}": -1}.get(brace[0], 0)
             if depth == 0:
-                found.append(text[match.end() : match.end() + brace.start()])
+                contents.append(text[match.end() : match.end() + brace.start()])
                 break
-    return found
+    return contents
 
 
 def last_boxed(text: str) -> str | None:
@@ -236,7 +236,7 @@ def last_boxed(text: str) -> str | None:
     return bare[-1] if bare else None
 
 
-_DRESS = (  # how an answer looks, not what it says
+_FORMATTING = (  # layout of an answer, without meaning
     (r"(?<!\\)\$", ""),
     (r"\\(?:left|right)(?![a-zA-Z])", ""),
     (r"\\[!,;: ]|~", " "),
@@ -251,12 +251,12 @@ _DRESS = (  # how an answer looks, not what it says
 
 def _normal(answer: str) -> str:
     answer = answer.strip()
-    for pattern, replacement in _DRESS:
+    for pattern, replacement in _FORMATTING:
         answer = re.sub(pattern, replacement, answer)
     return answer
 
 
-def _undollar(answer: str) -> str:
+def _without_dollars(answer: str) -> str:
     return re.sub(r"(?<!\\)\$", "", answer)
 
 
@@ -274,8 +274,8 @@ _DIGITS = r"(?:\d{1,60}|\d{1,3}(?:,\d{3}){1,20})"  # bounded, so that nothing he
 
 def _decimal(text: str) -> Fraction | None:
     """A number as people write it: sign, digits, thousands by commas, decimals; a full stop at its end."""
-    found = re.fullmatch(rf"([+-]?{_DIGITS}(?:\.\d{{1,60}})?)\.?", text.strip(), re.ASCII)
-    return Fraction(found[1].replace(",", "")) if found else None
+    match = re.fullmatch(rf"([+-]?{_DIGITS}(?:\.\d{{1,60}})?)\.?", text.strip(), re.ASCII)
+    return Fraction(match[1].replace(",", "")) if match else None
 
 
 def _number(text: str) -> Fraction | None:

@@ -54,7 +54,7 @@ def make_batch(rollouts: Rollouts, rewards_R: np.ndarray, plan: Plan, config: Co
 
 
 class Refill:
-    """Mixed groups, gathered until they fill a batch. What waits is not saved.
+    """Mixed groups, gathered until they fill a batch. Groups that wait are not saved.
 
     Args:
         prompts: groups of a batch.
@@ -65,7 +65,7 @@ class Refill:
         self.waiting: list[Batch] = []
 
     def add(self, batch: Batch) -> Batch | None:
-        """Keep the mixed groups; a batch once there are enough (what is over goes), or None."""
+        """Keep the mixed groups. Returns a batch once there are enough (the surplus is dropped), else None."""
         owner_R = batch.rollouts.owner_R.cpu().numpy()
         mixed = np.isin(owner_R, owner_R[batch.advantages_R != 0])
         self.waiting.append(batch.select(np.flatnonzero(mixed)))

@@ -11,9 +11,9 @@ from gdro_llm.training.checkpoint import best_folder, drop_best, save_best
 
 
 class BestWeights:
-    """The first of the highest validation pass@k so far, and where its weights lie.
+    """The highest validation pass@k so far (the first, of equal ones), and where its weights are.
 
-    The best weights of the last checkpoint are kept beside them: a run that goes on from there must find them.
+    The best weights of the last checkpoint are kept beside them: a run that resumes from it needs them.
     """
 
     def __init__(self, out: Path, workers: Workers) -> None:
@@ -46,7 +46,7 @@ class BestWeights:
         self.workers.barrier()
 
     def checkpoint_saved(self) -> None:
-        """The last checkpoint names the present best weights: the others go. On one process only."""
+        """The last checkpoint names the present best weights: delete the others. On one process only."""
         drop_best(self.out, {self.step})
         self._of_checkpoint = self.step
 

@@ -1,4 +1,4 @@
-"""The run directory: append-only logs and checkpoints that are whole, or absent, or found out.
+"""The run directory: append-only logs and checkpoints that are whole, absent, or known to be damaged.
 
 1. A checkpoint is written into a hidden folder; its files, their manifest (size and SHA-256 of each) and the folder
    are flushed to the disk; one rename makes it `checkpoint-<step>`. A kill or a power cut at any moment leaves the old
@@ -45,7 +45,7 @@ def find_checkpoint(out: Path, config: Config, *, resume: bool, fresh: bool) -> 
     (`Config.conflicts`), from a damaged checkpoint, or while another process trains in it.
     """
     if not out.exists() or (out.is_dir() and {path.name for path in out.iterdir()} <= {".config.json.tmp", ".lock"}):
-        return None  # nothing, or a run killed before its first file stood
+        return None  # nothing, or a run that was killed before it wrote its first file
     before = _read_config(out)
     if before is None:  # a model folder, say, which --fresh must not delete
         raise UsageError(f"{out} is not empty and not a run directory; choose another --out")
@@ -168,7 +168,7 @@ def save_checkpoint(
 def _rotate(out: Path) -> None:
     """Drop all checkpoints but the last `KEEP`."""
     for old in _checkpoints(out)[:-KEEP]:
-        leaving = old.with_name(f".{old.name}.tmp")  # so that a half-deleted one does not look damaged
+        leaving = old.with_name(f".{old.name}.tmp")  # so that one deleted in part does not look damaged
         os.replace(old, leaving)
         shutil.rmtree(leaving)
 
@@ -179,7 +179,7 @@ def best_folder(out: Path, step: int) -> Path:
 
 
 def save_best(best: Path, write_model: Callable[[Path], None]) -> None:
-    """Write the model into a `best_folder`, in place of what a replayed step may find there. On one process only.
+    """Write the model into a `best_folder`, in place of what an earlier run of this step left. On one process only.
 
     Raises:
         UsageError: the disk does not take it.
@@ -216,8 +216,8 @@ def load_checkpoint(checkpoint: Path) -> tuple[dict[str, torch.Tensor], dict[str
     return load_file(checkpoint / "optimizer.safetensors"), state
 
 
-def damage(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint, compared with its manifest; "" if nothing is."""
+def verify_checkpoint(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint by its manifest; "" if nothing is."""
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_bytes())
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
@@ -240,21 +240,22 @@ def damage(checkpoint: Path) -> str:
 
 
 def _newest_whole(out: Path) -> Path | None:
-    """The newest checkpoint, if it is whole; a damaged one is refused, and the one before offered."""
-    found = _checkpoints(out)
-    if not found or not (wrong := damage(found[-1])):
-        return found[-1] if found else None
-    damaged = [f"{found[-1]} is damaged ({wrong})"]
-    for index in range(len(found) - 2, -1, -1):
-        if not (wrong := damage(found[index])):
+    """The newest checkpoint, if it is whole; a damaged one is an error that names the newest whole one."""
+    checkpoints = _checkpoints(out)
+    if not checkpoints or not (wrong := verify_checkpoint(checkpoints[-1])):
+        return checkpoints[-1] if checkpoints else None
+    damaged = [f"{checkpoints[-1]} is damaged ({wrong})"]
+    for index in range(len(checkpoints) - 2, -1, -1):
+        if not (wrong := verify_checkpoint(checkpoints[index])):
             moves = " && ".join(
                 f"mv {shlex.quote(str(path))} {shlex.quote(str(path.with_name('damaged-' + path.name)))}"
-                for path in found[index + 1 :]
+                for path in checkpoints[index + 1 :]
             )
             raise UsageError(
-                f"{', '.join(damaged)}; {found[index].name} is whole. To go on from that one: {moves}, then --resume"
+                f"{', '.join(damaged)}; {checkpoints[index].name} is whole. To go on from that one: {moves}, "
+                "then --resume"
             )
-        damaged.append(f"{found[index]} is damaged ({wrong})")
+        damaged.append(f"{checkpoints[index]} is damaged ({wrong})")
     raise UsageError(f"{', '.join(damaged)}, and there is no other; put back a copy, or start over with --fresh")
 
 
@@ -289,10 +290,10 @@ def _read_config(out: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        found = json.loads(path.read_bytes())
+        config = json.loads(path.read_bytes())
     except ValueError as error:
         raise UsageError(f"{path} is not valid JSON; put it back as it was, or choose another --out") from error
-    return found if isinstance(found, dict) and {"controller", "mean_rollouts"} <= found.keys() else None
+    return config if isinstance(config, dict) and {"controller", "mean_rollouts"} <= config.keys() else None
 
 
 def _checkpoints(out: Path) -> list[Path]:
@@ -302,8 +303,8 @@ def _checkpoints(out: Path) -> list[Path]:
 
 
 def _newest(out: Path) -> Path | None:
-    found = _checkpoints(out)
-    return found[-1] if found else None
+    checkpoints = _checkpoints(out)
+    return checkpoints[-1] if checkpoints else None
 
 
 def _cut(log: Path, length: int) -> None:
@@ -334,7 +335,7 @@ def _sha256(path: Path) -> str:
 
 @contextmanager
 def _disk_errors(what: Path, out: Path) -> Iterator[None]:
-    """A disk that does not take a model is a mistake to name; tokenizers report a full one as a bare Exception."""
+    """A UsageError for a disk that does not take a model; tokenizers report a full one as a bare Exception."""
     try:
         yield
     except Exception as error:  # re-raised, all of them
@@ -349,4 +350,4 @@ def _cannot_write(what: Path, out: Path, reason: str) -> UsageError:
         kept = f": {last} is whole and --resume goes on from it"
     elif (out / "config.json").is_file():
         kept = ": there is no checkpoint yet; start with --resume"
-    return UsageError(f"cannot write {what} ({reason}); make room on the disk or mend it{kept}")
+    return UsageError(f"cannot write {what} ({reason}); make room on the disk or repair it{kept}")

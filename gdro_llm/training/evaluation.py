@@ -26,7 +26,7 @@ from gdro_llm.config import Config
 from gdro_llm.engine.policy import Policy, success_probability
 from gdro_llm.engine.rollouts import Decoding
 from gdro_llm.engine.sampler import Sampler
-from gdro_llm.engine.workers import ALONE, Workers, whole_weights
+from gdro_llm.engine.workers import SINGLE_PROCESS, Workers, whole_weights
 from gdro_llm.intervals import bca_intervals
 from gdro_llm.problems.problem import Problem
 from gdro_llm.problems.prompting import prompt_tokens
@@ -41,7 +41,7 @@ OWN_BINS = 4
 
 @dataclass(frozen=True)
 class Scores:
-    """What came of N samples of each of P problems."""
+    """The outcome of N samples of each of P problems."""
 
     problems: tuple[Problem, ...]
     correct_P_N: NDArray[np.bool_]
@@ -69,7 +69,7 @@ def evaluate(
     config: Config,
     sampler: Sampler,
     grader: Grader,
-    workers: Workers = ALONE,
+    workers: Workers = SINGLE_PROCESS,
 ) -> dict[str, Any]:
     """Sample `eval_samples` completions a problem as `config` wants them for evaluation, and `tabulate` the correct.
 
@@ -86,12 +86,12 @@ def score(
     config: Config,
     sampler: Sampler,
     grader: Grader,
-    workers: Workers = ALONE,
+    workers: Workers = SINGLE_PROCESS,
     name: str = "",
 ) -> Scores:
     """Sample and grade `eval_samples` completions a problem; `name` is that of the set, for its seeds and the bar.
 
-    All processes call it and get the same result; each samples and grades the problems dealt to it.
+    All processes call it and get the same result; each samples and grades the problems assigned to it.
 
     Exact success probabilities are added where accepted completions are all that is graded correct: grader "exact", the
     model's own end, the whole distribution.
@@ -106,7 +106,7 @@ def score(
     for block, start in enumerate(range(0, size, per_block)):
         asked = prompts[start : start + per_block]
         counts = np.full(len(asked), samples)
-        mine = workers.deal(counts)
+        mine = workers.assign(counts)
         rollouts = sampler.sample(asked, counts, decoding, seed=draw_seed(config.seed, name, block), rows=mine)
         owners = [problems[start + p] for p in rollouts.owner_R.tolist()]
         columns = grader.grade(owners, rollouts.texts), rollouts.mask_R_T.sum(-1), rollouts.truncated_R

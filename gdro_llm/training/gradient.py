@@ -21,7 +21,7 @@ from gdro_llm.config import Config
 from gdro_llm.engine.policy import Policy
 from gdro_llm.engine.rollouts import Rollouts
 from gdro_llm.engine.scoring import TokenLogprobs
-from gdro_llm.engine.workers import ALONE, Workers, reshard
+from gdro_llm.engine.workers import SINGLE_PROCESS, Workers, reshard
 from gdro_llm.training.batch import Batch
 from gdro_llm.training.losses import LOSSES, importance_weights, kl_to_reference
 
@@ -88,7 +88,7 @@ class BatchLoss:
         workers: the processes; all construct it and call its methods together.
     """
 
-    def __init__(self, policy: Policy, batch: Batch, config: Config, workers: Workers = ALONE) -> None:
+    def __init__(self, policy: Policy, batch: Batch, config: Config, workers: Workers = SINGLE_PROCESS) -> None:
         device = policy.device
         self.policy, self.config, self.workers = policy, config, workers
         self.included_R = torch.from_numpy(batch.included_R).to(device)
@@ -169,7 +169,7 @@ class BatchLoss:
         return scores
 
 
-def sampler_gap(policy: Policy, rollouts: Rollouts, config: Config, workers: Workers = ALONE) -> float:
+def sampler_gap(policy: Policy, rollouts: Rollouts, config: Config, workers: Workers = SINGLE_PROCESS) -> float:
     """Mean |log-probability of the sampler - of the trainer| per token, of a few rows of each process.
 
     Unlike `Sums`' it does not depend on rewards: stale weights give wrong answers only, and nothing to train on.
@@ -202,7 +202,7 @@ def sharing_pays(rows: Rows, used_R: torch.Tensor) -> bool:
 def _minibatches(
     rows: Rows, used_R: torch.Tensor, included_R: torch.Tensor, config: Config, workers: Workers
 ) -> list[MiniBatch]:
-    """Consecutive prompts, in micro-batches; what all processes must know of each other is gathered here."""
+    """Consecutive prompts, in micro-batches; the sums over all processes are made here."""
     per_minibatch = len(rows.prompts) // config.minibatches
     plans = []
     for first in range(0, len(rows.prompts), per_minibatch):
@@ -210,12 +210,12 @@ def _minibatches(
         micro_batches = _micro_batches(rows, (mine & used_R).nonzero()[:, 0], config.update_tokens)
         counting = mine & included_R
         plans.append((micro_batches, int(rows.mask_R_T[counting].sum()), int(counting.sum())))
-    gathered = np.array(workers.gather([(len(micro), tokens, rollouts) for micro, tokens, rollouts in plans]))
-    most, totals = gathered[:, :, 0].max(0), gathered.sum(0)
-    nothing = torch.zeros(0, dtype=torch.long, device=rows.owner_R.device)
+    sizes = np.array(workers.gather([(len(micro), tokens, rollouts) for micro, tokens, rollouts in plans]))
+    most, totals = sizes[:, :, 0].max(0), sizes.sum(0)
+    no_rows = torch.zeros(0, dtype=torch.long, device=rows.owner_R.device)
     return [
         MiniBatch(
-            micro_batches + [nothing] * int(most[m] - len(micro_batches)),
+            micro_batches + [no_rows] * int(most[m] - len(micro_batches)),
             float(totals[m, 1]),
             # planned, not drawn: the number must not move with the counts of other mini-batches (`losses`)
             float(config.mean_rollouts * per_minibatch if config.preserve_objective else totals[m, 2]),

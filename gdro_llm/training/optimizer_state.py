@@ -26,7 +26,7 @@ def optimizer_state(
     Raises:
         UsageError: 8-bit moments on several processes.
     """
-    found: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, parameter in parameters:
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, DTensor):
@@ -42,8 +42,8 @@ def optimizer_state(
                     f"{name}:{key}:{piece}": getattr(value, piece) for piece in cast(Any, value).__tensor_flatten__()[0]
                 }
             if main:
-                found |= {full: piece.detach().cpu().contiguous() for full, piece in pieces.items()}
-    return found
+                tensors |= {full: piece.detach().cpu().contiguous() for full, piece in pieces.items()}
+    return tensors
 
 
 def load_optimizer_state(

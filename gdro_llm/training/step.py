@@ -53,7 +53,7 @@ def collect(
         plan = controller.plan(list(offered))
     chosen = [offered[str(name)] for name in plan.ids]
     prompts = [prompt_tokens(sampler.policy.tokenizer, problem, config) for problem in chosen]
-    mine = workers.deal(plan.counts, config.minibatches)
+    mine = workers.assign(plan.counts, config.minibatches)
     with clock("sync"):
         sampler.sync()
     with clock("sample"):
@@ -97,7 +97,7 @@ def step_seed(seed: int, step: int) -> int:
 def summarise(
     rewards_R: np.ndarray, owner_R: np.ndarray, weights_P: np.ndarray, rollouts: Rollouts, workers: Workers
 ) -> dict[str, float]:
-    """What came back from sampling and grading: rewards of all rollouts, the rest from this process' own `rollouts`."""
+    """Metrics of sampling and grading: rewards of all rollouts, the rest from this process' own `rollouts`."""
     mean_P = np.bincount(owner_R, weights=rewards_R) / np.bincount(owner_R)
     mask, logprobs = rollouts.mask_R_T, rollouts.logprobs_R_T
     sums = [mask.sum(), -logprobs.double().sum(), rollouts.truncated_R.sum()]

@@ -31,9 +31,9 @@ from gdro_llm.engine.memory import check_fits
 from gdro_llm.engine.policy import device_type, load_policy
 from gdro_llm.engine.sampler import Sampler, make_sampler
 from gdro_llm.engine.shapes import Shape, UnknownShape, shape_of
-from gdro_llm.engine.workers import Workers, failures_noted, start_workers, stop_workers
+from gdro_llm.engine.workers import Workers, record_failures, start_workers, stop_workers
 from gdro_llm.problems.load import hold_out, load_problems
-from gdro_llm.problems.prompting import drop_long_prompts, room_for
+from gdro_llm.problems.prompting import drop_long_prompts, with_prompt_limit
 from gdro_llm.problems.rewards import Grader
 from gdro_llm.training.batch import Batch, Refill
 from gdro_llm.training.best import BestWeights
@@ -72,7 +72,7 @@ def train(
     `report` is called with `out` while the run goes on: after evaluations, at most once a minute, by the first process.
     A signal that `stop` notes ends the run after a step; without `stop`, signals are handled from the first step on.
     """
-    with ExitStack() as cleanup, failures_noted(), out_of_memory_advice(config, training=True):
+    with ExitStack() as cleanup, record_failures(), out_of_memory_advice(config, training=True):
         cleanup.callback(stop_workers)
         run = Run(config, out, cleanup, resume=resume, fresh=fresh, report=report)
         controller, workers = run.controller, run.workers
@@ -98,7 +98,7 @@ def train(
             plan, rollouts = collected.plan, collected.batch.rollouts
             sampled = summarise(collected.rewards_R, plan.owner, plan.weights, rollouts, workers)
             run.log(step, {**sampled, **updated, **collected.observed}, clock, collected, batch)
-            stopping = 0 if run.refill.waiting else run.agree(stop.received)  # what waits is not saved
+            stopping = 0 if run.refill.waiting else run.agree(stop.received)  # groups that wait are not saved
             run.evaluate_and_save(step, stopping)
             if stopping and step + 1 < config.steps:
                 raise Stopped(f"stopped after step {step + 1}, which is saved: --resume goes on", stopping)
@@ -130,18 +130,18 @@ class Run:
         self.grader = cleanup.enter_context(Grader(config))
         self.grader.check_gold([*self.train_problems, *held_out])
         self.optimizer = build_optimizer(self.policy, config)
-        self.sampler: Sampler = make_sampler(self.policy, room_for(self.policy.tokenizer, held_out, config))
+        self.sampler: Sampler = make_sampler(self.policy, with_prompt_limit(self.policy.tokenizer, held_out, config))
         cleanup.callback(self.sampler.close)
         import_trackers(config)
-        if self.workers.rank == 0:  # after all that can be refused: a mistake leaves nothing behind
+        if self.workers.rank == 0:  # after all checks: a mistake leaves no files behind
             cleanup.enter_context(open_run(out, config, checkpoint, fresh=fresh))
-        self._say_whether_it_is_short()
+        self._warn_if_problems_are_rarely_drawn()
         self.progress = {"step": 0, "rollouts": 0, "tokens": 0}
         self.best = BestWeights(out, self.workers)
         self.refill = Refill(config.batch_size)
         self._save_due = False
         if checkpoint is not None:
-            self._go_on_from(checkpoint)
+            self._restore(checkpoint)
         self.first_step = self.progress["step"]
         self.tracker = self._open_tracker(cleanup)
         self.shape = known_shape(config)
@@ -156,7 +156,7 @@ class Run:
         cleanup.callback(self._bar.close)
 
     def _check_machine(self) -> None:
-        """Refuse what several processes cannot do, and what the GPU cannot hold."""
+        """A UsageError for what several processes cannot do, and for what the GPU cannot hold."""
         config = self.config
         if config.optimizer == "adamw8bit" and self.workers.size > 1:
             raise UsageError("optimizer 'adamw8bit' works in one process only; use adamw under torchrun")
@@ -166,7 +166,7 @@ class Run:
             say(self.workers, check_fits(config, torch.cuda.mem_get_info()[1], self.workers.size))
 
     def _load_problems(self) -> None:
-        """Training, validation and test problems; refuses `eval_exact` where success probabilities are unknown."""
+        """Training, validation and test problems; a UsageError for `eval_exact` without success probabilities."""
         config = self.config
         train, self.test_problems = load_problems(config)
         self.train_problems, self.validation_problems = hold_out(train, config)
@@ -189,19 +189,19 @@ class Run:
                 f"controller 'mopps', got {config.batch_size}"
             )
 
-    def _say_whether_it_is_short(self) -> None:
-        """A line where the controller hardly meets a problem twice."""
+    def _warn_if_problems_are_rarely_drawn(self) -> None:
+        """A line where problems are drawn too rarely for the controller to act on them."""
         config, size = self.config, len(self.train_problems)
         times = config.steps * config.batch_size / size
         if times < 3 and config.controller != "grpo":
             say(
                 self.workers,
-                f"each of {size} problems comes up {times:.2g} times in this run, and the controller acts on a "
+                f"each of {size} problems is drawn {times:.2g} times in this run, and the controller acts on a "
                 "problem from its second time on: more steps or fewer train_problems give it more to act on",
             )
 
-    def _go_on_from(self, checkpoint: Path) -> None:
-        """Take over what a checkpoint remembers besides the weights."""
+    def _restore(self, checkpoint: Path) -> None:
+        """Load all that a checkpoint holds besides the weights."""
         moments, state = load_checkpoint(checkpoint)
         load_optimizer_state(self.optimizer, self._trained(), moments)
         self.controller.load_state_dict(state["controller"])
@@ -235,7 +235,7 @@ class Run:
         return max(self.workers.gather(received or 0))
 
     def check_sampler(self, step: int, gap: float) -> None:
-        """Stop when sampler and trainer are not the same policy: what is learnt then is wrong without a sign."""
+        """Stop when sampler and trainer are not the same policy: else updates are wrong without any sign of it."""
         if gap <= self.config.max_sampler_gap:
             return
         raise UsageError(
@@ -313,7 +313,7 @@ class Run:
             self.best.offer(rate, **place, write_model=self.policy.save)
 
     def evaluate_best(self) -> None:
-        """Evaluate the best weights after the last step, in the room of the policy and its moments, which are saved."""
+        """Evaluate the best weights after the last step, in the memory of the policy and its moments: both are saved."""
         if self.validation_problems:
             del self.optimizer, self.policy, self.sampler.policy
             gc.collect()

@@ -11,7 +11,7 @@ import torch
 
 from gdro_llm.config import Config, UsageError
 from gdro_llm.engine.policy import Policy
-from gdro_llm.engine.workers import ALONE, Workers, full
+from gdro_llm.engine.workers import SINGLE_PROCESS, Workers, full
 from gdro_llm.training.batch import Batch
 from gdro_llm.training.gradient import SUMS, BatchLoss
 
@@ -44,7 +44,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, config: Config, step: in
 
 
 def update(
-    policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, config: Config, workers: Workers = ALONE
+    policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, config: Config, workers: Workers = SINGLE_PROCESS
 ) -> tuple[np.ndarray, dict[str, float]]:
     """`config.passes` x `config.minibatches` optimizer steps on one batch; all processes call it together.
 

@@ -152,13 +152,13 @@ def _train(
     named = dict(model.named_parameters())
     hidden = [p for name, p in named.items() if p.dim() == 2 and "embed_tokens" not in name]
     others = [p for name, p in named.items() if p.dim() != 2 or "embed_tokens" in name]
-    optimisers = (
+    optimizers = (
         torch.optim.Muon(hidden, lr=0.02 * rate, momentum=0.95, weight_decay=0.01),
         torch.optim.AdamW(others, lr=0.003 * rate, betas=(0.9, 0.95), weight_decay=0.0),
     )
     schedules = [
         torch.optim.lr_scheduler.LambdaLR(o, lambda t: min(1.0, (t + 1) / 60) * min(1.0, 2 * (1 - t / steps)))
-        for o in optimisers
+        for o in optimizers
     ]
     weights = [CELL_WEIGHTS[cell.level] for cell in cells]
     progress = tqdm(range(steps), desc=description, unit="step")
@@ -171,8 +171,8 @@ def _train(
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimiser, schedule in zip(optimisers, schedules, strict=True):
-            optimiser.step()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
             schedule.step()
         progress.set_postfix(loss=f"{loss.item():.3f}")
 

@@ -72,7 +72,7 @@ def test_theorem_2_sqrt_allocation_agrees_with_slsqp(seed):
     low, high = box["lower"] + 0.5, box["upper"] + 0.5
     budget += 0.5
     counts = sqrt_allocation(variance, budget, share=share, lower=low, upper=high)
-    found = minimize(
+    optimum = minimize(
         summed_variance,
         low + (high - low) * (budget - share @ low) / max(share @ (high - low), 1e-12),
         args=(variance, share),
@@ -82,8 +82,8 @@ def test_theorem_2_sqrt_allocation_agrees_with_slsqp(seed):
         constraints={"type": "eq", "fun": lambda n: share @ n - budget, "jac": lambda n: share},
         options={"ftol": 1e-13, "maxiter": 500},
     )
-    assert summed_variance(counts, variance, share) <= found.fun * (1 + 1e-9)
-    np.testing.assert_allclose(counts, found.x, atol=0.02)
+    assert summed_variance(counts, variance, share) <= optimum.fun * (1 + 1e-9)
+    np.testing.assert_allclose(counts, optimum.x, atol=0.02)
 
 
 @given(SEEDS)
@@ -374,10 +374,10 @@ def gibbs_by_enumeration(log_weights, size, budget, low):
 
 
 def marginals_by_enumeration(arms, probability, shape):
-    found = np.zeros(shape)
+    marginals = np.zeros(shape)
     for b in range(shape[0]):
-        np.add.at(found[b], arms[:, b], probability)
-    return found
+        np.add.at(marginals[b], arms[:, b], probability)
+    return marginals
 
 
 @given(SEEDS)

@@ -112,8 +112,8 @@ def test_theorem_13_chi_square_is_feasible_and_certified_by_its_dual(seed, expon
 def test_theorem_13_cvar_agrees_with_a_linear_program(seed):
     rng, losses, reference = instance(seed)
     alpha = rng.uniform(0.05, 1.0)
-    found = linprog(-losses, A_eq=np.ones((1, losses.size)), b_eq=[1.0], bounds=[(0.0, b / alpha) for b in reference])
-    assert cvar(losses, alpha, reference).value == pytest.approx(-found.fun, rel=1e-7, abs=1e-9)
+    optimum = linprog(-losses, A_eq=np.ones((1, losses.size)), b_eq=[1.0], bounds=[(0.0, b / alpha) for b in reference])
+    assert cvar(losses, alpha, reference).value == pytest.approx(-optimum.fun, rel=1e-7, abs=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -142,9 +142,9 @@ def test_theorem_13_smooth_responses_agree_with_slsqp(name, seed):
 
         rules = [total, {"type": "ineq", "fun": lambda q: rho - chi_square_distance(q, reference)}]
     options = {"ftol": 1e-12, "maxiter": 1000}
-    found = minimize(cost, reference, method="SLSQP", bounds=[(0, 1)] * bins, constraints=rules, options=options)
-    assert ours.value == pytest.approx(-found.fun, abs=1e-6)
-    np.testing.assert_allclose(ours.q, found.x, atol=2e-3)
+    optimum = minimize(cost, reference, method="SLSQP", bounds=[(0, 1)] * bins, constraints=rules, options=options)
+    assert ours.value == pytest.approx(-optimum.fun, abs=1e-6)
+    np.testing.assert_allclose(ours.q, optimum.x, atol=2e-3)
 
 
 @pytest.mark.parametrize(("respond", "parameter", "to_reference", "to_maximum"), RESPONSES)

@@ -90,11 +90,11 @@ def test_agrees_with_a_slow_reference(statistic, hysteresis, seed, discount, win
 def test_hysteresis_holds_a_prompt_in_both_directions(hits, bins):
     """F5: a prompt moves to harder and to easier bins, each once its estimate passes the edge by δ = .1."""
     classifier = OnlineDifficultyClassifier([0.5], "any", hysteresis=0.1)
-    found = []
+    passed = []
     for hit in hits:
         classifier.observe(["x"], [hit], [4])
-        found += classifier.bins(["x"]).tolist()
-    assert found == bins
+        passed += classifier.bins(["x"]).tolist()
+    assert passed == bins
 
 
 @given(st.floats(0.3, 20), st.floats(0.3, 20), st.integers(1, 16))
@@ -140,8 +140,8 @@ def test_the_window_holds_the_last_visits(window):
         ids = rng.permutation(5)[:3]
         hit = rng.random(3) < 0.6
         classifier.observe(ids, hit, [4, 4, 4])
-        for name, found in zip(ids, hit, strict=True):
-            visits[int(name)].append(found)
+        for name, solved in zip(ids, hit, strict=True):
+            visits[int(name)].append(solved)
         for name, hits in visits.items():
             if hits:
                 assert classifier.bins([name])[0] == np.digitize(sum(hits) / len(hits), edges)
@@ -590,9 +590,9 @@ def test_arrays_are_saved_as_little_endian_bytes():
     classifier = OnlineDifficultyClassifier([0.5], "any", window=70, discount=1.0)
     classifier.observe(np.array([7, -2]), [4, 0], [4, 3])
     classifier.observe(np.array([-2]), [1], [3])
-    found = classifier.state_dict()
+    saved = classifier.state_dict()
     read = {"ids": "<i8", "successes": "<f8", "failures": "<f8", "bin": "<i2", "visits": "<u2", "hits": "<u8"}
-    assert {name: np.frombuffer(b64decode(found[name]), dtype=kind).tolist() for name, kind in read.items()} == {
+    assert {name: np.frombuffer(b64decode(saved[name]), dtype=kind).tolist() for name, kind in read.items()} == {
         "ids": [7, -2],
         "successes": [4.0, 1.0],
         "failures": [0.0, 5.0],

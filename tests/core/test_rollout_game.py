@@ -120,7 +120,7 @@ def test_the_price_is_what_one_rollout_more_is_worth(seed):
 
 
 def test_the_price_of_a_bin_is_per_rollout():
-    """A bin's gain is shared by its prompts: the same bin thrice as large has the same price."""
+    """A bin's gain is shared by its prompts: the same bin three times as large has the same price."""
     for copies in (1, 3):
         bins = np.repeat([0, 1], copies)
         a, b = np.repeat([2.0, 8.0], copies), np.repeat([2.0, 1.0], copies)

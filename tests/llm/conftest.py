@@ -16,7 +16,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging
 
 from gdro_llm.config import Config
-from gdro_llm.engine.policy import EMBEDDED, Policy, load_policy
+from gdro_llm.engine.policy import EMBEDDED_MODEL, Policy, load_policy
 from gdro_llm.problems.cells import character_tokenizer
 
 torch.set_num_threads(1)  # more threads spin against each other on models this small
@@ -105,6 +105,6 @@ def run_config(tiny_config, tiny_data):
 @pytest.fixture(scope="session")
 def embedded() -> Policy:
     """The shipped warm-started model; never train it in place."""
-    if not (EMBEDDED / "config.json").is_file():
+    if not (EMBEDDED_MODEL / "config.json").is_file():
         pytest.skip("the shipped model is not there yet")
     return load_policy(Config(threads=1, device="cpu"))

@@ -72,13 +72,13 @@ def errors(estimate, law, n, replicates, seed, chunk=5_000):
     return np.concatenate(both, axis=1)
 
 
-def assert_covered_where_the_mean_is_not(found, bound, delta):
+def assert_covered_where_the_mean_is_not(errors_seen, bound, delta):
     """At most delta of the estimates are outside the bound, but far more than delta of the plain means are.
 
     False alarm at most 1e-3 if the seed were new and the bound tight, which it is far from.
     """
-    outside = (found > bound).sum(axis=1)
-    replicates = found.shape[1]
+    outside = (errors_seen > bound).sum(axis=1)
+    replicates = errors_seen.shape[1]
     assert outside[0] <= binom.isf(1e-3, replicates, delta)
     assert outside[1] > binom.isf(1e-9, replicates, delta)
     assert outside[1] > 2 * delta * replicates
@@ -100,8 +100,8 @@ def test_theorem_8_truncated_mean_is_covered_where_the_plain_mean_fails(law, ord
     moment = law.moment(order)
     bound = deviation_bound("truncated_mean", n, moment, delta, order=order)
     assert bound == pytest.approx(e * moment ** (1 / order) * (log(2 / delta) / n) ** (1 - 1 / order), rel=1e-12)
-    found = errors(lambda x: truncated_mean(x, moment, order, delta), law, n, 100_000, 1)
-    assert_covered_where_the_mean_is_not(found, bound, delta)
+    errors_seen = errors(lambda x: truncated_mean(x, moment, order, delta), law, n, 100_000, 1)
+    assert_covered_where_the_mean_is_not(errors_seen, bound, delta)
 
 
 @pytest.mark.parametrize(("law", "order", "n", "delta"), HEAVY, ids=NAMES)
@@ -111,8 +111,8 @@ def test_theorem_8_median_of_means_is_covered_where_the_plain_mean_fails(law, or
     blocks = int(np.ceil(2 * log(1 / delta) / log(4 / 3)))
     bound = deviation_bound("median_of_means", n, v, delta, order=order)
     assert bound == pytest.approx((2 ** (4 - order) * v / (n // blocks) ** (order - 1)) ** (1 / order), rel=1e-12)
-    found = errors(lambda x: median_of_means(x, delta), law, n, 30_000, 2)
-    assert_covered_where_the_mean_is_not(found, bound, delta)
+    errors_seen = errors(lambda x: median_of_means(x, delta), law, n, 30_000, 2)
+    assert_covered_where_the_mean_is_not(errors_seen, bound, delta)
 
 
 @pytest.mark.parametrize("law", [Pareto(2.3), StudentT(2.3)], ids=["pareto2.3", "t2.3"])
@@ -122,8 +122,8 @@ def test_theorem_8_catoni_mean_is_covered_where_the_plain_mean_fails(law):
     variance, level = law.moment(2.0) - law.mean**2, log(2 / delta)
     bound = deviation_bound("catoni_mean", n, variance, delta)
     assert bound == pytest.approx(sqrt(2 * variance * level / (n - 2 * level)), rel=1e-12)
-    found = errors(lambda x: catoni_mean(x, variance, delta), law, n, 20_000, 3)
-    assert_covered_where_the_mean_is_not(found, bound, delta)
+    errors_seen = errors(lambda x: catoni_mean(x, variance, delta), law, n, 20_000, 3)
+    assert_covered_where_the_mean_is_not(errors_seen, bound, delta)
 
 
 @pytest.mark.slow
@@ -139,9 +139,10 @@ def test_coverage_at_every_delta(law, order, delta):
         ("median_of_means", lambda x: median_of_means(x, delta), law, law.central_moment(order), order),
         ("catoni_mean", lambda x: catoni_mean(x, variance, delta), lighter, variance, 2.0),
     ):
-        found = errors(estimate, where, n, 50_000, 4)[0]
+        errors_seen = errors(estimate, where, n, 50_000, 4)[0]
         bound = deviation_bound(name, n, moment, delta, order=r)
-        assert (found > bound).sum() <= binom.isf(1e-4, found.size, delta)  # false alarm at most 1e-4 if new
+        misses = (errors_seen > bound).sum()
+        assert misses <= binom.isf(1e-4, errors_seen.size, delta)  # false alarm at most 1e-4 if new
 
 
 def test_bounds_are_not_vacuous():
@@ -155,9 +156,9 @@ def test_bounds_are_not_vacuous():
     bias = value * (u / value**order)  # E X for X = value with probability u / value^order
     assert bias > 0.99 / e * deviation_bound("truncated_mean", n, u, delta, order=order)
     # Catoni's bound against Gaussian values, whose mean is off by 1.96 / sqrt(n) at delta = 0.05.
-    found = np.abs(catoni_mean(np.random.default_rng(0).normal(size=(4_000, n)), 1.0, 0.05))
+    errors_seen = np.abs(catoni_mean(np.random.default_rng(0).normal(size=(4_000, n)), 1.0, 0.05))
     # the quantile, 1.96 / sqrt(n), is known to 2 %, half the bound is 1.4 / sqrt(n): no false alarm to fear
-    assert np.quantile(found, 0.95) > deviation_bound("catoni_mean", n, 1.0, 0.05) / 2
+    assert np.quantile(errors_seen, 0.95) > deviation_bound("catoni_mean", n, 1.0, 0.05) / 2
 
 
 @pytest.mark.parametrize("order", [1.2, 1.5, 2.0])
@@ -250,10 +251,10 @@ def test_axis_and_shape():
         lambda x, **k: median_of_means(x, 0.1, **k),
         lambda x, **k: catoni_mean(x, 2.0, 0.1, **k),
     ):
-        found = estimate(x, axis=1)
-        assert found.shape == (2, 3)
-        np.testing.assert_allclose(found, estimate(np.moveaxis(x, 1, -1)), rtol=1e-12)
-        np.testing.assert_allclose(found[1, 2], estimate(x[1, :, 2]), rtol=1e-9)
+        estimates = estimate(x, axis=1)
+        assert estimates.shape == (2, 3)
+        np.testing.assert_allclose(estimates, estimate(np.moveaxis(x, 1, -1)), rtol=1e-12)
+        np.testing.assert_allclose(estimates[1, 2], estimate(x[1, :, 2]), rtol=1e-9)
         assert np.shape(estimate(x[0, :, 0])) == ()
 
 

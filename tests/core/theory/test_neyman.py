@@ -44,14 +44,14 @@ def play(design, y, rng):
 
 
 def means(kind, horizons, scale):
-    found = []
+    regrets = []
     for horizon in horizons:
         rng = np.random.default_rng(horizon)
         y = coins(rng, horizon, np.array(scale))
         bins = len(scale)
         design = ClipOGD(horizon, replicates=(REPLICATES,)) if kind == "clip" else None
-        found.append(play(design or PlugInNeyman(bins, replicates=(REPLICATES,)), y, rng).mean())
-    return np.array(found)
+        regrets.append(play(design or PlugInNeyman(bins, replicates=(REPLICATES,)), y, rng).mean())
+    return np.array(regrets)
 
 
 def test_theorem_9_clip_ogd_has_square_root_neyman_regret():

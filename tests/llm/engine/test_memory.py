@@ -21,7 +21,16 @@ from gdro_llm.engine.memory import (
     table,
     trained_parameters,
 )
-from gdro_llm.engine.shapes import EMBEDDED, QWEN3, Shape, UnknownShape, flops_per_token, mfu, peak_flops, shape_of
+from gdro_llm.engine.shapes import (
+    EMBEDDED_MODEL,
+    QWEN3,
+    Shape,
+    UnknownShape,
+    flops_per_token,
+    mfu,
+    peak_flops,
+    shape_of,
+)
 
 GB = 1e9
 BF16 = {"dtype": "bfloat16", "engine": "vllm", "gradient_checkpointing": True, "max_new_tokens": 4096}
@@ -73,7 +82,7 @@ def test_a_folder_is_known_by_its_config(tmp_path):
     ):
         config.save_pretrained(tmp_path)
         assert shape_of(str(tmp_path)).parameters == count(kind(config))
-    assert shape_of("embedded").parameters == count(Qwen3ForCausalLM.from_pretrained(EMBEDDED))
+    assert shape_of("embedded").parameters == count(Qwen3ForCausalLM.from_pretrained(EMBEDDED_MODEL))
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     with pytest.raises(UnknownShape, match=r"model_type must be one of qwen3, .*, got 'mamba'"):
         shape_of(str(tmp_path))

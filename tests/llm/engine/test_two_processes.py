@@ -18,11 +18,11 @@ from gdro_llm.config import Config, UsageError
 from gdro_llm.engine.policy import Policy, load_policy
 from gdro_llm.engine.rollouts import Rollouts
 from gdro_llm.engine.workers import (
-    ALONE,
     PATIENCE,
+    SINGLE_PROCESS,
     Workers,
-    fails_first,
     full,
+    is_first_failure,
     start_workers,
     stop_workers,
     whole_weights,
@@ -67,7 +67,7 @@ def two_steps(config: Config, rewards: np.ndarray, rollouts: Rollouts, workers: 
     """All that two updates leave: what they return, gradients, weights, the optimizer; then a resumed third update."""
     policy = load_policy(config, workers=workers)
     optimizer = build_optimizer(policy, config)
-    rows = workers.deal(COUNTS, config.minibatches)
+    rows = workers.assign(COUNTS, config.minibatches)
     mine = part(rollouts, rows)
     advantages = group_advantages(rewards, OWNER, scale=True)[rows]
     scale = rollout_scale(WEIGHTS, COUNTS, OWNER, "prompt")[rows]
@@ -155,7 +155,9 @@ def run_both(names: list[str], tiny_config, folder: Path) -> tuple[list[dict], d
     torch.multiprocessing.spawn(child, (port, folder, names), nprocs=2)
     two = [torch.load(folder / f"found-{rank}.pt", weights_only=False) for rank in range(2)]
     one = {
-        name: two_steps(replace(config, **CASES[name][0]), CASES[name][1], rollouts, ALONE, folder / f"one-{name}")
+        name: two_steps(
+            replace(config, **CASES[name][0]), CASES[name][1], rollouts, SINGLE_PROCESS, folder / f"one-{name}"
+        )
         for name in names
     }
     return two, one, folder
@@ -276,9 +278,9 @@ def test_prompts_are_dealt_whole_and_evenly_in_every_minibatch(size):
 
 def test_one_process_is_alone_without_torchrun(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert start_workers("cpu") == ALONE
-    assert ALONE.gather("x") == ["x"]
-    assert ALONE.collect(np.array([1, 0]), ["b", "a"], 2) == ["a", "b"]
+    assert start_workers("cpu") == SINGLE_PROCESS
+    assert SINGLE_PROCESS.gather("x") == ["x"]
+    assert SINGLE_PROCESS.collect(np.array([1, 0]), ["b", "a"], 2) == ["a", "b"]
 
 
 def test_a_group_of_others_is_left_alone():
@@ -300,9 +302,9 @@ def test_one_process_says_why_a_run_ends(monkeypatch):
     for size, address in (("2", "127.0.0.1"), ("2", "127.0.0.1"), ("1", "127.0.0.1"), ("2", None)):
         monkeypatch.setenv("WORLD_SIZE", size)
         monkeypatch.setenv("MASTER_ADDR", address) if address else monkeypatch.delenv("MASTER_ADDR")
-        fails_first.cache_clear()  # as another process
-        said.append((fails_first(), fails_first()))
-    fails_first.cache_clear()
+        is_first_failure.cache_clear()  # as another process
+        said.append((is_first_failure(), is_first_failure()))
+    is_first_failure.cache_clear()
     assert said == [(True, True), (False, False), (True, True), (True, True)]
 
 

@@ -13,7 +13,7 @@ from gdro_llm.cli import main  # noqa: E402
 from gdro_llm.config import Config, load_preset  # noqa: E402
 from gdro_llm.engine.policy import load_policy  # noqa: E402
 from gdro_llm.engine.transformers import HFSampler  # noqa: E402
-from gdro_llm.engine.workers import ALONE  # noqa: E402
+from gdro_llm.engine.workers import SINGLE_PROCESS  # noqa: E402
 from gdro_llm.measuring.signal import _summary, ascent, exact_gradient  # noqa: E402
 from gdro_llm.problems.cells import cell_problems  # noqa: E402
 from gdro_llm.problems.rewards import Grader  # noqa: E402
@@ -68,7 +68,14 @@ def test_the_direction_is_that_of_one_step_on_the_whole_batch(settings):
     policy = load_policy(config)
     with Grader(config) as grader:
         problems = cell_problems("train", {"easy": 1, "middle": 1, "hard": 1}, seed=7)
-        parts = (build_controller(config), HFSampler(policy, config), grader, config, ALONE, Clock(policy.device))
+        parts = (
+            build_controller(config),
+            HFSampler(policy, config),
+            grader,
+            config,
+            SINGLE_PROCESS,
+            Clock(policy.device),
+        )
         batch = collect(0, problems, *parts).batch
     before = literal.weights(policy)
     for parameter in policy.model.parameters():

@@ -114,19 +114,19 @@ def test_where_all_checkpoints_are_damaged_the_run_says_so(run_config, finished)
 def test_one_flipped_bit_anywhere_in_a_checkpoint_is_found(finished):
     """Every file, manifest included (where a flip in white space or the like may be harmless), at random places."""
     folder = finished / "checkpoint-000006"
-    assert checkpoint.damage(folder) == ""
+    assert checkpoint.verify_checkpoint(folder) == ""
     rng = np.random.default_rng(0)
     for path in sorted(folder.iterdir()):
         for at in rng.integers(path.stat().st_size, size=5).tolist():
             flip(path, at)
-            assert checkpoint.damage(folder) or path.name == "manifest.json", (path, at)
+            assert checkpoint.verify_checkpoint(folder) or path.name == "manifest.json", (path, at)
             flip(path, at)
     found = 0
     manifest = folder / "manifest.json"
     places = [match.start() + 10 for match in re.finditer('"sha256": "', manifest.read_text())]
     for at in places:
         flip(manifest, at + 2)
-        found += bool(checkpoint.damage(folder))
+        found += bool(checkpoint.verify_checkpoint(folder))
         flip(manifest, at + 2)
     assert found == len(places) >= 6
 
@@ -172,7 +172,7 @@ def test_a_full_disk_while_saving_leaves_the_last_checkpoint_and_no_scraps(run_c
     assert re.search(r"cannot write .*checkpoint-000004 \(.*File too large.*make room.*checkpoint-000002 is w", message)
     assert [path.name for path in out.glob("*checkpoint*")] == ["checkpoint-000002"]
     assert [path.name for path in out.glob(".*")] == [".lock"]
-    assert checkpoint.damage(out / "checkpoint-000002") == ""
+    assert checkpoint.verify_checkpoint(out / "checkpoint-000002") == ""
     train(run_config(), out, resume=True)
     assert_same_run(out, finished)
 

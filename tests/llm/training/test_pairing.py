@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import gdro_llm.training.trainer as trainer
-from gdro_llm.engine.policy import EMBEDDED, load_policy
-from gdro_llm.engine.workers import ALONE
+from gdro_llm.engine.policy import EMBEDDED_MODEL, load_policy
+from gdro_llm.engine.workers import SINGLE_PROCESS
 from gdro_llm.problems.problem import Problem
 from gdro_llm.problems.rewards import GRADERS
 from gdro_llm.training.trainer import summarise, train
@@ -81,7 +81,7 @@ def test_summary_of_a_step(tiny):
     counts, weights = np.array([2, 4, 3]), np.array([1.0, 0.5, 2.0])
     owner = np.repeat(np.arange(3), counts)
     rollouts = literal.sample(tiny, literal.prompts(tiny, ["12+3=", "r5=", "7*8="]), counts, 6, seed=0, rows=100)
-    found = summarise(np.array([1, 1, 0, 0, 1, 0, 0, 0, 0.0]), owner, weights, rollouts, ALONE)
+    found = summarise(np.array([1, 1, 0, 0, 1, 0, 0, 0, 0.0]), owner, weights, rollouts, SINGLE_PROCESS)
     assert found["reward"] == pytest.approx((1 + 0.25 + 0) / 3)
     assert found["weighted_reward"] == pytest.approx((1 + 0.5 * 0.25) / 3.5)
     assert [found[f"{name}_share"] for name in ("all_correct", "all_wrong", "mixed")] == pytest.approx([1 / 3] * 3)
@@ -93,6 +93,6 @@ def test_summary_of_a_step(tiny):
 
 def test_the_shipped_model_is_where_the_package_says():
     """`--model embedded` needs no download."""
-    if not EMBEDDED.is_dir():
+    if not EMBEDDED_MODEL.is_dir():
         pytest.skip("the shipped model is not there yet")
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in EMBEDDED.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in EMBEDDED_MODEL.iterdir()}

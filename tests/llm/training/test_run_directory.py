@@ -44,7 +44,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
     assert got.keys() == want.keys()
     for name in want:
         assert got[name] == want[name], name
-    assert [checkpoint.damage(path) for path in found.glob("checkpoint-*")] == ["", ""]
+    assert [checkpoint.verify_checkpoint(path) for path in found.glob("checkpoint-*")] == ["", ""]
 
 
 def assert_same_end(found: Path, expected: Path) -> None:
@@ -343,7 +343,7 @@ def test_a_second_ctrl_c_leaves_at_once(run_config, tmp_path, fork_command):
     assert os.waitpid(child, os.WNOHANG) == (0, 0)
     os.kill(child, signal.SIGINT)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGINT
-    assert checkpoint.damage(tmp_path / "command" / "checkpoint-000001") == ""
+    assert checkpoint.verify_checkpoint(tmp_path / "command" / "checkpoint-000001") == ""
 
 
 def test_a_run_leaves_the_signal_handlers_as_they_were(run_config, tmp_path, monkeypatch):
@@ -364,7 +364,7 @@ def test_a_run_leaves_the_signal_handlers_as_they_were(run_config, tmp_path, mon
     thread = threading.Thread(target=train, args=(run_config(), tmp_path / "thread"))
     thread.start()
     thread.join()
-    assert checkpoint.damage(tmp_path / "thread" / "checkpoint-000006") == ""
+    assert checkpoint.verify_checkpoint(tmp_path / "thread" / "checkpoint-000006") == ""
 
 
 @pytest.mark.slow

@@ -242,7 +242,7 @@ def test_out_of_memory_says_what_to_lower_and_the_run_goes_on_with_it(run_config
         train(config, tmp_path / "run")
     remedy = r"lower update_tokens \(now 8192\) or sample_rows \(now 1024\), set gradient_checkpointing, and --resume"
     assert re.search(f"out of memory on the GPU: {remedy}: the last checkpoint", str(stopped.value))
-    assert checkpoint.damage(tmp_path / "run" / "checkpoint-000002") == ""
+    assert checkpoint.verify_checkpoint(tmp_path / "run" / "checkpoint-000002") == ""
     armed[0] = False
     train(replace(config, update_tokens=64, sample_rows=7), tmp_path / "run", resume=True)
     assert [row["step"] for row in literal.read_log(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]

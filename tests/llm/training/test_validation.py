@@ -208,7 +208,7 @@ def test_a_part_of_the_training_problems(tiny_data):
 def test_a_run_that_is_short_for_its_controller_says_so(run_config, tmp_path, capsys, controller, steps, said):
     """Two batches of the same eight problems; with three there is enough to act on, and GRPO does not act."""
     train(run_config(steps=steps, controller=controller, train_problems=8), tmp_path)
-    line = "each of 8 problems comes up 2 times in this run, and the controller acts on a problem from its second"
+    line = "each of 8 problems is drawn 2 times in this run, and the controller acts on a problem from its second"
     assert (line in capsys.readouterr().out) == said
 
 
