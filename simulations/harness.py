@@ -47,7 +47,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What an experiment says of its claim."""
+    """Whether a claim holds in an experiment, and why."""
 
     holds: bool
     text: str  # the numbers, for example "slope -0.51 ± 0.02"
@@ -66,7 +66,7 @@ def load(name: str) -> ModuleType:
 
 
 def lacks_data(name: str) -> bool:
-    """Whether an experiment needs real data (it says NEEDS_DATA = True) and GDRO_DATA_DIR names no folder of it."""
+    """Whether an experiment needs real data (NEEDS_DATA = True) and GDRO_DATA_DIR names no folder of it."""
     return bool(getattr(load(name), "NEEDS_DATA", False)) and not os.environ.get("GDRO_DATA_DIR")
 
 

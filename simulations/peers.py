@@ -206,7 +206,7 @@ class ReinforceAda(Uniform):
 
 
 class DAPO(Uniform):
-    """DAPO dynamic sampling (2503.14476): draw batches until N groups have mixed rewards; what is over is dropped."""
+    """DAPO dynamic sampling (2503.14476): draw batches until N groups have mixed rewards; the surplus is dropped."""
 
     fills_batches = True
 

@@ -199,6 +199,6 @@ def train(
         seen = planner.observe(plan, rewards)
         rollouts += spent
         successes = np.bincount(np.repeat(np.arange(rows.size), plan.counts), rewards, minlength=rows.size)
-        found = {"plan": plan, "successes": successes, "observed": seen}
-        rows_out.append({"step": step + 1, "rollouts": rollouts, **population.metrics(), **found})
+        batch_record = {"plan": plan, "successes": successes, "observed": seen}
+        rows_out.append({"step": step + 1, "rollouts": rollouts, **population.metrics(), **batch_record})
     return rows_out

@@ -82,7 +82,7 @@ class Adaptive(Planner, Protocol):
 def race(population: SkillPopulation, planner: Planner, total: int, batch: int, seed: int) -> list[Row]:
     """Train until `total` rollouts are spent; per step the rollouts so far, held-out metrics and share of mixed groups.
 
-    The last step may pass `total`: interpolate there. Streams and epochs are those of `population.train`, so that runs
+    The last step may pass `total`: interpolate. Streams and epochs are those of `population.train`, so that runs
     of different planners are paired, and a planner that spends n_bar a prompt has the same run in both.
 
     Args:
@@ -94,7 +94,7 @@ def race(population: SkillPopulation, planner: Planner, total: int, batch: int, 
     """
     order, outcome = (np.random.default_rng([seed, stream]) for stream in (1, 2))
     adaptive = planner if isinstance(planner, Adaptive) else None
-    queue, rollouts, found = np.zeros(0, dtype=np.int64), 0, [_state(population, 0, 0.0)]
+    queue, rollouts, states = np.zeros(0, dtype=np.int64), 0, [_state(population, 0, 0.0)]
     waiting: Groups | None = None
     while rollouts < total:
         if queue.size < batch:
@@ -124,8 +124,8 @@ def race(population: SkillPopulation, planner: Planner, total: int, batch: int, 
             population.update(kept.rows, kept.counts, kept.rewards, kept.weights)
             waiting = None
         planner.observe(plan, groups.rewards)
-        found.append(_state(population, rollouts, float(groups.mixed.mean())))
-    return found
+        states.append(_state(population, rollouts, float(groups.mixed.mean())))
+    return states
 
 
 def own_stream(seed: int) -> np.random.Generator:

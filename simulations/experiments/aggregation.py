@@ -85,16 +85,16 @@ def judge(rows: list[Row]) -> Verdict:
     """Paired 95 % interval of pass@8, rollouts minus prompts, above 0 for both kinds of steps."""
     if len({row["rollouts"] for row in rows}) != 1:
         raise ValueError(f"runs must spend the same, got {sorted({row['rollouts'] for row in rows})} rollouts")
-    holds, told = True, []
+    holds, findings = True, []
     for steps in ("plain", "normalised"):
         for game in GAMES:
             by = {way: _of(rows, steps, game, way, "pass_at_8") for way in ("rollouts", "prompts")}
             mean, low, high = mean_interval(by["rollouts"] - by["prompts"])
             holds &= low > 0 or game != "joint"
-            told.append(f"{game}, {steps} steps: {mean:+.4f} [{low:+.4f}, {high:+.4f}]")
+            findings.append(f"{game}, {steps} steps: {mean:+.4f} [{low:+.4f}, {high:+.4f}]")
             mean, low, high = mean_interval(by["rollouts"] - _of(rows, steps, "uniform", "prompts", "pass_at_8"))
-            told.append(f"{game}, {steps} steps, over uniform: {mean:+.4f} [{low:+.4f}, {high:+.4f}]")
-    return Verdict(holds, "pass@8 of rollouts minus of prompts: " + "; ".join(told))
+            findings.append(f"{game}, {steps} steps, over uniform: {mean:+.4f} [{low:+.4f}, {high:+.4f}]")
+    return Verdict(holds, "pass@8 of rollouts minus of prompts: " + "; ".join(findings))
 
 
 def draw(rows: list[Row]) -> Figure:
@@ -103,7 +103,7 @@ def draw(rows: list[Row]) -> Figure:
     places = [(game, steps) for steps in ("plain", "normalised") for game in GAMES][::-1]
     for axis, (measure, label) in zip(figure.subplots(1, 2, sharey=True), MEASURES.items(), strict=True):
         for shift, way in ((0.12, "prompts"), (-0.12, "rollouts")):
-            found = np.array(
+            intervals = np.array(
                 [
                     mean_interval(
                         _of(rows, steps, game, way, measure) - _of(rows, steps, "uniform", "prompts", measure)
@@ -111,9 +111,14 @@ def draw(rows: list[Row]) -> Figure:
                     for game, steps in places
                 ]
             )
-            error = np.abs(found[:, 1:] - found[:, :1]).T
+            error = np.abs(intervals[:, 1:] - intervals[:, :1]).T
             axis.errorbar(
-                found[:, 0], np.arange(len(places)) + shift, xerr=error, fmt="o", markersize=4, label=f"mean over {way}"
+                intervals[:, 0],
+                np.arange(len(places)) + shift,
+                xerr=error,
+                fmt="o",
+                markersize=4,
+                label=f"mean over {way}",
             )
         axis.axvline(0.0, color="black", linewidth=0.8)
         axis.set_yticks(range(len(places)), [f"{game}, {steps} steps" for game, steps in places])

@@ -67,8 +67,8 @@ def simulate(seeds: np.ndarray, quick: bool) -> list[Row]:
         loop = GDROController(_classifier(statistic), PromptGDRO(BINS), rollout)
         held = GDROController(_classifier(statistic), PromptGDRO(BINS), mean_rollouts=BUDGET)
         (counts, bins), (_, unmoved) = (_play(controller, p, seed, visits) for controller in (loop, held))
-        for which, there in (("above", counts > BUDGET), ("below", counts < BUDGET)):
-            rows.append(row | {"part": "loop", "n": which, "bin": float((bins - unmoved)[there].mean())})
+        for which, subset in (("above", counts > BUDGET), ("below", counts < BUDGET)):
+            rows.append(row | {"part": "loop", "n": which, "bin": float((bins - unmoved)[subset].mean())})
     return rows
 
 
@@ -78,7 +78,7 @@ def _values(rows: list[Row], statistic: str, n: int | str) -> np.ndarray:
 
 def judge(rows: list[Row]) -> Verdict:
     """Any-of-n moves up beyond noise; the posteriors' moves stay, by their intervals, within a third of that."""
-    holds, told = True, []
+    holds, findings = True, []
     compared: dict[str, tuple[int | str, int | str]] = {
         "n 12 less 2": (12, 2),
         "loop, more less fewer": ("above", "below"),
@@ -87,9 +87,9 @@ def judge(rows: list[Row]) -> Verdict:
         moves = {s: mean_interval(_values(rows, s, more) - _values(rows, s, less)) for s in STATISTICS}
         least = moves["any"][1]
         holds &= least > 0 and all(max(-moves[s][1], moves[s][2]) < least / 3 for s in STATISTICS[1:])
-        said = ", ".join(f"{s}: {mean:+.2f} [{low:+.2f}, {high:+.2f}]" for s, (mean, low, high) in moves.items())
-        told.append(f"{name} [bins] {said}")
-    return Verdict(bool(holds), "; ".join(told))
+        finding = ", ".join(f"{s}: {mean:+.2f} [{low:+.2f}, {high:+.2f}]" for s, (mean, low, high) in moves.items())
+        findings.append(f"{name} [bins] {finding}")
+    return Verdict(bool(holds), "; ".join(findings))
 
 
 def draw(rows: list[Row]) -> Figure:
@@ -102,9 +102,9 @@ def draw(rows: list[Row]) -> Figure:
             (left, np.array(COUNTS), COUNTS),
             (right, np.arange(2) + 0.1 * (i - 1), ("below", "above")),
         ):
-            found = np.array([mean_interval(_values(rows, statistic, n)) for n in groups])
-            error = np.abs(found[:, 1:].T - found[:, 0])
-            axis.errorbar(x, found[:, 0], error, fmt="o-" if axis is left else "o", capsize=3, label=label)
+            intervals = np.array([mean_interval(_values(rows, statistic, n)) for n in groups])
+            error = np.abs(intervals[:, 1:].T - intervals[:, 0])
+            axis.errorbar(x, intervals[:, 0], error, fmt="o-" if axis is left else "o", capsize=3, label=label)
     left.set(xlabel="rollouts n of every prompt", ylabel="mean bin (0 hardest)", ylim=(0, BINS - 1))
     left.set_title("The same policy")
     left.legend()

@@ -124,7 +124,7 @@ def _increments(rows: list[Row], name: str) -> tuple[float, float, float]:
 def judge(rows: list[Row]) -> Verdict:
     """Slopes within 0.1 of 1/2 on coins (where no learner does better), at most 0.6 on the worst of the adversarial
     losses, and `_increments` nearer to those of ln T than to those of √T."""
-    said, holds = [], not _broken(rows)
+    findings, holds = [], not _broken(rows)
     for name in POLICIES:
         horizons, coins = table(rows, "regret", policy=name, losses="coins")
         adversarial = np.stack([table(rows, "regret", policy=name, losses=kind)[1] for kind in LOSSES[:3]])
@@ -132,15 +132,15 @@ def judge(rows: list[Row]) -> Verdict:
         middle, low, high = slope_interval(horizons, coins)
         gap = slope_interval(horizons, table(rows, "regret", policy=name, losses="stochastic")[1])
         holds &= low <= 0.6 and high >= 0.4 and slope(horizons, worst) <= 0.6
-        said.append(
+        findings.append(
             f"{name} {middle:.2f} [{low:.2f}, {high:.2f}] on coins, {slope(horizons, worst):.2f} on the worst, "
             f"{gap[0]:.2f} [{gap[1]:.2f}, {gap[2]:.2f}] on stochastic"
         )
     grown = {name: _increments(rows, name) for name in ("Tsallis-INF", "Exp3")}
     holds &= grown["Tsallis-INF"][2] < np.sqrt(2.0)
-    said += [f"{name} last over first increment {a:.2f} [{b:.2f}, {c:.2f}]" for name, (a, b, c) in grown.items()]
+    findings += [f"{name} last over first increment {a:.2f} [{b:.2f}, {c:.2f}]" for name, (a, b, c) in grown.items()]
     return Verdict(
-        bool(holds), "slopes " + "; ".join(said) + "; bounds exceeded: " + (", ".join(_broken(rows)) or "none")
+        bool(holds), "slopes " + "; ".join(findings) + "; bounds exceeded: " + (", ".join(_broken(rows)) or "none")
     )
 
 

@@ -64,15 +64,15 @@ def simulate(seeds: np.ndarray, quick: bool) -> list[Row]:
         payoffs = {name: _loss(2.0 * right - 1.0, ratio) for name, ratio in ratios.items()}
         payoffs["error"] = prompt_payoff("error", right.sum(axis=1), np.full(p.size, ROLLOUTS))
         bins = np.minimum((p * BINS).astype(int), BINS - 1)
-        there = np.unique(bins)
+        present = np.unique(bins)
         for name in PAYOFFS:
-            means = np.array([payoffs[name][bins == b].mean() for b in there])
-            found = {
+            means = np.array([payoffs[name][bins == b].mean() for b in present])
+            measured = {
                 "size": float(np.abs(payoffs[name]).max()),
                 "by_prompt": _rank(payoffs[name], 1 - p),
-                "by_bin": _rank(means, -there.astype(float)),
+                "by_bin": _rank(means, -present.astype(float)),
             }
-            rows.append({"seed": int(seed), "population": population, "payoff": name, **found})
+            rows.append({"seed": int(seed), "population": population, "payoff": name, **measured})
     return rows
 
 
@@ -82,16 +82,16 @@ def _values(rows: list[Row], population: str, payoff: str, key: str) -> np.ndarr
 
 def judge(rows: list[Row]) -> Verdict:
     """Holds if every published payoff has mean |correlation| over prompts below 0.1 and the error payoff above 0.7."""
-    holds, said = True, []
+    holds, findings = True, []
     for population, payoff in product(POPULATIONS, PAYOFFS):
         middle, low, high = mean_interval(_values(rows, population, payoff, "by_prompt"))
         bins = _values(rows, population, payoff, "by_bin").mean()
         holds &= low > 0.7 if payoff == "error" else max(-low, high) < 0.1
-        said.append(f"{population}, {payoff}: {middle:+.2f} [{low:+.2f}, {high:+.2f}] (bins {bins:+.2f})")
+        findings.append(f"{population}, {payoff}: {middle:+.2f} [{low:+.2f}, {high:+.2f}] (bins {bins:+.2f})")
     at_one = max(_values(rows, population, "ratio 1", "size").max() for population in POPULATIONS)
     holds &= at_one < 1e-12
     text = f"greatest loss at ratio 1 {at_one:.0e}; rank correlation with difficulty: "
-    return Verdict(bool(holds), text + "; ".join(said))
+    return Verdict(bool(holds), text + "; ".join(findings))
 
 
 def draw(rows: list[Row]) -> Figure:

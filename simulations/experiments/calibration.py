@@ -88,8 +88,8 @@ def _noise(before: NDArray[np.float64], now: NDArray[np.float64]) -> Row:
 
 def _root_mean_square(rows: list[Row], key: str, visits: range) -> float:
     """Over all prompts and the visits."""
-    found = [row[key] for row in rows if row["bin"] == ALL and row["visit"] in visits]
-    return float(np.sqrt(np.mean(np.square(found))))
+    values = [row[key] for row in rows if row["bin"] == ALL and row["visit"] in visits]
+    return float(np.sqrt(np.mean(np.square(values))))
 
 
 def _mean(rows: list[Row], b: int, key: str, visits: range) -> float:
@@ -99,19 +99,19 @@ def _mean(rows: list[Row], b: int, key: str, visits: range) -> float:
 def judge(rows: list[Row]) -> Verdict:
     """Start and end of every bin and of the zero-variance share, and the noise, mean over seeds, within tolerances."""
     ends = range(1, ENDS + 1), range(VISITS - ENDS + 1, VISITS + 1)
-    gaps, told = [], []
+    gaps, findings = [], []
     for b, (name, *real) in REAL_ACCURACY.items():
-        found = [_mean(rows, b, "accuracy", visits) for visits in ends]
-        gaps += [abs(f - r) for f, r in zip(found, real, strict=True)]
-        told.append(f"{name} {found[0]:.2f} -> {found[1]:.2f} (real {real[0]:.2f} -> {real[1]:.2f})")
+        rates = [_mean(rows, b, "accuracy", visits) for visits in ends]
+        gaps += [abs(f - r) for f, r in zip(rates, real, strict=True)]
+        findings.append(f"{name} {rates[0]:.2f} -> {rates[1]:.2f} (real {real[0]:.2f} -> {real[1]:.2f})")
     zero = [_mean(rows, ALL, "zero_variance", visits) for visits in ends]
     gaps += [abs(f - r) for f, r in zip(zero, REAL_ZERO_VARIANCE, strict=True)]
-    told.append(f"zero variance {zero[0]:.2f} -> {zero[1]:.2f} (real .44 -> .50)")
+    findings.append(f"zero variance {zero[0]:.2f} -> {zero[1]:.2f} (real .44 -> .50)")
     noise = {key: _root_mean_square(rows, key, range(2, VISITS + 1)) for key in REAL_NOISE}
-    told += [f"{key} {found:.3f} (real {REAL_NOISE[key]:.3f})" for key, found in noise.items()]
-    far = max(abs(found - REAL_NOISE[key]) for key, found in noise.items())
+    findings += [f"{key} {value:.3f} (real {REAL_NOISE[key]:.3f})" for key, value in noise.items()]
+    far = max(abs(value - REAL_NOISE[key]) for key, value in noise.items())
     holds = max(gaps) <= TOLERANCE and far <= NOISE_TOLERANCE
-    return Verdict(holds, f"largest gap {max(gaps):.3f}, of the noise {far:.3f}; " + ", ".join(told))
+    return Verdict(holds, f"largest gap {max(gaps):.3f}, of the noise {far:.3f}; " + ", ".join(findings))
 
 
 def draw(rows: list[Row]) -> Figure:

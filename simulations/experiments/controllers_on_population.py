@@ -88,16 +88,16 @@ def judge(rows: list[Row]) -> Verdict:
     """Paired 95 % interval of pass@8, joint minus uniform, above 0 for both kinds of steps."""
     if len({row["rollouts"] for row in rows}) != 1:
         raise ValueError(f"runs must spend the same, got {sorted({row['rollouts'] for row in rows})} rollouts")
-    holds, told = True, []
+    holds, findings = True, []
     for steps in ("plain", "normalised"):
         for controller in ("recommended joint", "recommended prompt", "recommended rollout"):
             mean, low, high = mean_interval(_gain(rows, steps, controller, "pass_at_8"))
-            told.append(f"{controller} {mean:+.4f} [{low:+.4f}, {high:+.4f}] with {steps} steps")
+            findings.append(f"{controller} {mean:+.4f} [{low:+.4f}, {high:+.4f}] with {steps} steps")
             holds &= low > 0 or controller != "recommended joint"
         for transfer in TRANSFERS[1:]:
             mean, low, high = mean_interval(_gain(rows, steps, "recommended joint", "pass_at_8", transfer))
-            told.append(f"joint {mean:+.4f} [{low:+.4f}, {high:+.4f}] with {steps} steps at transfer {transfer:g}")
-    return Verdict(holds, "pass@8 minus uniform's: " + "; ".join(told))
+            findings.append(f"joint {mean:+.4f} [{low:+.4f}, {high:+.4f}] with {steps} steps at transfer {transfer:g}")
+    return Verdict(holds, "pass@8 minus uniform's: " + "; ".join(findings))
 
 
 def draw(rows: list[Row]) -> Figure:
@@ -108,10 +108,17 @@ def draw(rows: list[Row]) -> Figure:
     labels = [name if transfer == TRANSFERS[0] else f"{name}, transfer {transfer:g}" for name, transfer in others]
     for axis, (measure, label) in zip(figure.subplots(1, 3, sharey=True), MEASURES.items(), strict=True):
         for shift, steps in ((0.12, "plain"), (-0.12, "normalised")):
-            found = np.array([mean_interval(_gain(rows, steps, name, measure, transfer)) for name, transfer in others])
-            error = np.abs(found[:, 1:] - found[:, :1]).T
+            intervals = np.array(
+                [mean_interval(_gain(rows, steps, name, measure, transfer)) for name, transfer in others]
+            )
+            error = np.abs(intervals[:, 1:] - intervals[:, :1]).T
             axis.errorbar(
-                found[:, 0], np.arange(len(others)) + shift, xerr=error, fmt="o", markersize=4, label=f"{steps} steps"
+                intervals[:, 0],
+                np.arange(len(others)) + shift,
+                xerr=error,
+                fmt="o",
+                markersize=4,
+                label=f"{steps} steps",
             )
         axis.axvline(0.0, color="black", linewidth=0.8)
         axis.set_yticks(range(len(others)), labels)

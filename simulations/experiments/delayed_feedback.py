@@ -63,7 +63,7 @@ def _missing(seeds: np.ndarray, chance: float, horizon: int) -> np.ndarray:
 
 
 def _merged(seed: int, parts: int, batches: int) -> bool:
-    """Whether a controller told by merged parts differs from one told at once."""
+    """Whether a controller that observes merged parts differs from one that observes all at once."""
     rng = np.random.default_rng([seed, parts])
     at_once, in_parts = (GDROController.recommended(mean_rollouts=4, num_bins=5, seed=seed) for _ in range(2))
     solved = rng.random(40)
@@ -73,11 +73,11 @@ def _merged(seed: int, parts: int, batches: int) -> bool:
         rewards = (rng.random(plan.owner.size) < solved[ids[plan.owner]]).astype(np.float64)
         at_once.observe(plan, rewards)
         where = rng.integers(0, parts, rewards.size)
-        told = [Observation.of(same, rewards[where == i], rows=np.flatnonzero(where == i)) for i in range(parts)]
-        while len(told) > 1:
-            first, second = told.pop(rng.integers(len(told))), told.pop(rng.integers(len(told)))
-            told.append(first.merge(second))
-        in_parts.observe(same, told[0])
+        graded = [Observation.of(same, rewards[where == i], rows=np.flatnonzero(where == i)) for i in range(parts)]
+        while len(graded) > 1:
+            first, second = graded.pop(rng.integers(len(graded))), graded.pop(rng.integers(len(graded)))
+            graded.append(first.merge(second))
+        in_parts.observe(same, graded[0])
     return json.dumps(at_once.state_dict()) != json.dumps(in_parts.state_dict())
 
 
@@ -105,7 +105,7 @@ def simulate(seeds: np.ndarray, quick: bool) -> list[Row]:
 
 def judge(rows: list[Row]) -> Verdict:
     """Slopes within 0.1 of 1/2, over T and, at the longest T, over T + 2D or T/o; bounds; equal states."""
-    holds, said = True, []
+    holds, findings = True, []
     for part, amounts in (("late", DELAYS), ("missing", CHANCES)):
         used = 0.0
         for amount in amounts:
@@ -118,15 +118,15 @@ def judge(rows: list[Row]) -> Verdict:
             holds &= bool((regret.max(axis=0) <= bound).all() if part == "late" else (mean + 2 * error <= bound).all())
             holds &= low <= 0.6 and high >= 0.4
             used = max(used, float((mean / bound).max()))
-            said.append(f"{part} {amount:g}: slope {middle:.2f} [{low:.2f}, {high:.2f}]")
+            findings.append(f"{part} {amount:g}: slope {middle:.2f} [{low:.2f}, {high:.2f}]")
         longest = max(row["horizon"] for row in rows if row["part"] == part)
         middle, low, high = slope_interval(*table(rows, "value", "effort", part=part, horizon=longest))
         holds &= low <= 0.6 and high >= 0.4
-        said.append(f"over {'T + 2D' if part == 'late' else 'T/o'} {middle:.2f} [{low:.2f}, {high:.2f}]")
-        said.append(f"mean regret at most {used:.2f} of its bound")
+        findings.append(f"over {'T + 2D' if part == 'late' else 'T/o'} {middle:.2f} [{low:.2f}, {high:.2f}]")
+        findings.append(f"mean regret at most {used:.2f} of its bound")
     merged = np.array([row["value"] for row in rows if row["part"] == "merged"])
-    said.append(f"{int(merged.sum())} of {merged.size} merged states differ")
-    return Verdict(bool(holds and not merged.any()), "; ".join(said))
+    findings.append(f"{int(merged.sum())} of {merged.size} merged states differ")
+    return Verdict(bool(holds and not merged.any()), "; ".join(findings))
 
 
 def draw(rows: list[Row]) -> Figure:

@@ -75,20 +75,20 @@ def simulate(seeds: np.ndarray, quick: bool) -> list[Row]:
             distance = np.abs(mixtures / horizon - SADDLE).max(axis=1)
             for i, seed in enumerate(seeds):
                 regrets = float(paid[i] - horizon * best[i]), float(horizon * worst[i] - paid[i])
-                found = {
+                measured = {
                     "gap": duality_gap(float(worst[i]), float(best[i])),
                     "regrets": duality_gap_bound(*regrets, horizon),
                     "bound": bound,
                     "excess": float(worst[i] - VALUE),
                     "distance": float(distance[i]),
                 }
-                rows.append({"seed": int(seed), "play": play, "horizon": horizon, **found})
+                rows.append({"seed": int(seed), "play": play, "horizon": horizon, **measured})
     return rows
 
 
 def judge(rows: list[Row]) -> Verdict:
     """Slope interval meets [-0.6, -0.4], mean gap plus two standard errors under its bound, Eq. 27 on every run."""
-    holds, said = True, []
+    holds, findings = True, []
     every = all(row["gap"] <= row["regrets"] + 1e-12 and -1e-12 <= row["excess"] <= row["gap"] + 1e-12 for row in rows)
     for play in BOUNDS:
         horizons, gap = table(rows, "gap", play=play)
@@ -97,12 +97,12 @@ def judge(rows: list[Row]) -> Verdict:
         under = gap.mean(axis=0) + 2 * gap.std(axis=0) / sqrt(len(gap)) <= limit
         holds &= low <= -0.4 and high >= -0.6 and bool(under.all())
         distance = table(rows, "distance", play=play)[1][:, -1].mean()
-        said.append(
+        findings.append(
             f"{play}: slope {middle:.3f} [{low:.3f}, {high:.3f}], gap {gap[:, -1].mean():.4f} of a bound"
             f" {limit[-1]:.4f} at T = {horizons[-1]}, mixture within {distance:.3f} of the saddle point"
         )
-    said.append("Eq. 27 " + ("holds on every run" if every else "FAILS on a run"))
-    return Verdict(bool(holds and every), "; ".join(said))
+    findings.append("Eq. 27 " + ("holds on every run" if every else "FAILS on a run"))
+    return Verdict(bool(holds and every), "; ".join(findings))
 
 
 def draw(rows: list[Row]) -> Figure:

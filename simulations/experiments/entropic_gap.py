@@ -67,10 +67,10 @@ def judge(rows: list[Row]) -> Verdict:
     """Both gaps in [0, ln(B)/η] on every instance, gradients equal to 1e-8, and the numbers of F4."""
     inside = all(-1e-12 <= row[key] <= row["gap_bound"] + 1e-12 for row in rows for key in ("above", "below"))
     error = max(row["gradient_error"] for row in rows)
-    found = [row for row in rows if (row["bins"], row["step_size"]) == PUBLISHED]
-    greatest, bound = max(row["greatest_q"] for row in found), found[0]["gap_bound"]
-    typical = np.mean([row["greatest_q"] for row in found])
-    above = np.array([row["above"] for row in found])
+    selected = [row for row in rows if (row["bins"], row["step_size"]) == PUBLISHED]
+    greatest, bound = max(row["greatest_q"] for row in selected), selected[0]["gap_bound"]
+    typical = np.mean([row["greatest_q"] for row in selected])
+    above = np.array([row["above"] for row in selected])
     return Verdict(
         bool(inside and error < 1e-8 and greatest <= 0.288),
         f"{'all' if inside else 'NOT all'} gaps of {len(rows)} instances in [0, ln(B)/η], gradient = q to {error:.0e}; "

@@ -5,7 +5,7 @@ allocation by averaged scores. It sees what the bandit sees. Where losses drift 
 opponent who knows the rule foresees every allocation, and makes each bin's likeliest arm lose: `chosen`.
 
 The claim was first stated with a slope of at most 1/2 for the bandit too; up to T = 3000 its slope is about 0.6, as its
-learning rate has then hardly told the paths apart. The theorem is the bound; the bandit's slopes are reported.
+learning rate has then hardly separated the paths. The theorem is the bound; the bandit's slopes are reported.
 """
 
 from __future__ import annotations
@@ -138,17 +138,19 @@ def judge(rows: list[Row]) -> Verdict:
     holds, text = error < 1e-9 and drawn < 4 / np.sqrt(4000), [f"marginals to {error:.0e}, 4000 samples to {drawn:.3f}"]
     for feedback, losses in GAMES:
         horizons, regret = table(rows, "measured", feedback=feedback, losses=losses)
-        found, low, high = slope_interval(horizons, regret)
+        middle, low, high = slope_interval(horizons, regret)
         last = slope(horizons[-2:], np.maximum(regret.mean(axis=0)[-2:], 1e-9))
-        said = f"{feedback}, {losses}: slope {found:.2f} [{low:.2f}, {high:.2f}], of the last two horizons {last:.2f}"
+        finding = (
+            f"{feedback}, {losses}: slope {middle:.2f} [{low:.2f}, {high:.2f}], of the last two horizons {last:.2f}"
+        )
         if feedback != "published":
             limit = table(rows, "limit", feedback=feedback, losses=losses)[1][0]
             share = max(mean_interval(regret[:, t])[2] / limit[t] for t in range(horizons.size))
             holds &= bool(share < 1 and (feedback == "bandit" or low <= 0.5))
-            said += f", at most {share:.2f} of the bound"
+            finding += f", at most {share:.2f} of the bound"
         if losses == "chosen":
             holds &= bool(low > 0.9 if feedback == "published" else high < 0.9)
-        text.append(said)
+        text.append(finding)
     at = int(max(r["horizon"] for r in rows if r["feedback"] == "published"))
     for losses in ("drifting", "chosen"):
         pair = [
@@ -167,10 +169,12 @@ def draw(rows: list[Row]) -> Figure:
     colours = {"full": "C0", "bandit": "C1", "published": "C2"}
     for feedback, losses in GAMES:
         horizons, regret = table(rows, "measured", feedback=feedback, losses=losses)
-        found = np.array([mean_interval(column) for column in (regret / horizons).T])
-        error, colour = np.abs(found[:, 1:].T - found[:, 0]), colours[feedback]
+        intervals = np.array([mean_interval(column) for column in (regret / horizons).T])
+        error, colour = np.abs(intervals[:, 1:].T - intervals[:, 0]), colours[feedback]
         name = "released play (F3)" if feedback == "published" else f"{feedback} feedback"
-        axes[losses].errorbar(horizons, found[:, 0], error, fmt="o-", capsize=3, color=colour, label=f"{name} (95 %)")
+        axes[losses].errorbar(
+            horizons, intervals[:, 0], error, fmt="o-", capsize=3, color=colour, label=f"{name} (95 %)"
+        )
         if feedback != "published":
             limit = table(rows, "limit", feedback=feedback, losses=losses)[1][0]
             axes[losses].plot(horizons, limit / horizons, ":", color=colour, label=f"bound, {feedback}")

@@ -48,7 +48,7 @@ def _play(method: str, loss: str, seed: int, rounds: int) -> float:
     bandits = {"published": PublishedRolloutGDRO, "bandit": ExactPlay, "random": PublishedRolloutGDRO}
     law_of_posterior = RolloutGDRO(BUDGET, LOW, HIGH, per_bin=True)
     game = None if method == "variance" else bandits[method](BINS, BUDGET, LOW, HIGH)
-    found: list[list[float]] = []  # V of the counts, of the law, of uniform
+    variances: list[list[float]] = []  # V of the counts, of the law, of uniform
     for t in range(rounds):
         bins = np.sort(world.choice(BINS, BATCH, p=share))
         if game is None:
@@ -62,8 +62,8 @@ def _play(method: str, loss: str, seed: int, rounds: int) -> float:
         if game is not None and method != "random":  # `random` never learns: its scores stay tied
             game.observe(bins, counts, mean + rng.normal(0.0, 0.1, BATCH) / np.sqrt(counts))
         if t >= rounds // 2:
-            found.append([float((v[bins] / n).mean()) for n in (counts, law, np.full(BATCH, BUDGET))])
-    reached, lawful, uniform = np.mean(found, axis=0)
+            variances.append([float((v[bins] / n).mean()) for n in (counts, law, np.full(BATCH, BUDGET))])
+    reached, lawful, uniform = np.mean(variances, axis=0)
     return float((reached - lawful) / (uniform - lawful))
 
 
@@ -121,10 +121,10 @@ def draw(rows: list[Row]) -> Figure:
     names = {"published": "published\nbandit", "bandit": "exact\nbandit", "random": "random\nallocation"}
     names |= {"variance": "variance utility\n(this project)"}
     for shift, loss in ((-0.12, "flat"), (0.12, "drift")):
-        found = np.array([mean_interval(_distances(rows, loss, method)) for method in METHODS])
-        error = np.abs(found[:, 1:].T - found[:, 0])
+        intervals = np.array([mean_interval(_distances(rows, loss, method)) for method in METHODS])
+        error = np.abs(intervals[:, 1:].T - intervals[:, 0])
         label = "flat arm loss (F2)" if loss == "flat" else "arm loss that drifts with the pull"
-        left.errorbar(np.arange(4) + shift, found[:, 0], error, fmt="o", capsize=3, label=label)
+        left.errorbar(np.arange(4) + shift, intervals[:, 0], error, fmt="o", capsize=3, label=label)
     left.axhline(1, color="#555555", linewidth=0.8, linestyle="--", label="uniform n")
     left.axhline(0, color="#555555", linewidth=0.8, linestyle=":", label="square-root law")
     left.set_xticks(range(4), [names[method] for method in METHODS], fontsize=7.5)

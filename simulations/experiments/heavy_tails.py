@@ -96,14 +96,14 @@ def simulate(seeds: np.ndarray, quick: bool) -> list[Row]:
 
 def judge(rows: list[Row]) -> Verdict:
     """Under infinite variance robust slopes <= 0.6 and plain > 0.75; no level missed by two standard errors."""
-    holds, said = True, []
+    holds, findings = True, []
     for kind in NOISES:
         for name in ESTIMATORS:
             regret = table(rows, "value", "size", noise=kind, estimator=name, measured="regret")
             middle, low, high = slope_interval(*regret)
             plain_fails = name == "mean" and kind != "normal"
             holds &= low > 0.75 if plain_fails else high <= 0.6
-            said.append(f"{kind} {name} {middle:.2f} [{low:.2f}, {high:.2f}]")
+            findings.append(f"{kind} {name} {middle:.2f} [{low:.2f}, {high:.2f}]")
     worst = 0.0
     for kind in NOISES:
         for name in ESTIMATORS:
@@ -118,7 +118,7 @@ def judge(rows: list[Row]) -> Verdict:
         )
         ratio.append(plain / robust)
     text = f"; misses at most {worst:.2f} delta; error at delta = 0.001 of the plain mean over median of means: "
-    return Verdict(bool(holds), "slopes " + "; ".join(said) + text + ", ".join(f"{r:.0f}" for r in ratio))
+    return Verdict(bool(holds), "slopes " + "; ".join(findings) + text + ", ".join(f"{r:.0f}" for r in ratio))
 
 
 def draw(rows: list[Row]) -> Figure:

@@ -83,8 +83,8 @@ def draw(rows: list[Row]) -> Figure:
     axes = figure.subplots(1, 2, sharey=True)
     for axis, key, title in zip(axes, ("real", "integer"), ("Real counts", "Whole counts in 2..24"), strict=True):
         for rule in RULES:
-            found = [r for r in rows if r["rule"] == rule]
-            axis.plot([1 + r["cv2"] for r in found], [r[key] for r in found], ".", markersize=3, label=rule)
+            selected = [r for r in rows if r["rule"] == rule]
+            axis.plot([1 + r["cv2"] for r in selected], [r[key] for r in selected], ".", markersize=3, label=rule)
         top = max(r["cv2"] for r in rows)
         axis.plot([1, 1 + top], [1, 1 + top], color="#555555", linewidth=0.8, label="1 + CV²(ω)")
         axis.set(xlabel="1 + CV²(ω) under the measure ∝ √v", title=title, xscale="log", yscale="log")

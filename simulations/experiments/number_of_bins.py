@@ -68,7 +68,7 @@ def judge(rows: list[Row]) -> Verdict:
     six = _values(rows, "free", BEST, "pass_at_8")
     gains = {bins: mean_interval(_values(rows, "free", bins, "pass_at_8") - six) for bins in BINS if bins != BEST}
     better = [bins for bins, (_, low, _) in gains.items() if low > 0]
-    told = [f"{bins} bins {mean:+.4f} [{low:+.4f}, {high:+.4f}]" for bins, (mean, low, high) in gains.items()]
+    findings = [f"{bins} bins {mean:+.4f} [{low:+.4f}, {high:+.4f}]" for bins, (mean, low, high) in gains.items()]
     flips = [f"{rule} {_values(rows, rule, 10, 'flips').mean():.2f}" for rule in DISCOUNTS]
     firm = [
         f"{rule} {mean:+.4f} [{low:+.4f}, {high:+.4f}]"
@@ -77,7 +77,7 @@ def judge(rows: list[Row]) -> Verdict:
             mean_interval(_values(rows, rule, 10, "pass_at_8") - _values(rows, "free", 10, "pass_at_8"))
         ]
     ]
-    text = f"pass@8 minus 6 bins': {', '.join(told)}; flips a visit at 10 bins: {', '.join(flips)}"
+    text = f"pass@8 minus 6 bins': {', '.join(findings)}; flips a visit at 10 bins: {', '.join(flips)}"
     return Verdict(not better, f"{text}; pass@8 minus free at 10 bins: {', '.join(firm)}")
 
 
@@ -88,9 +88,9 @@ def draw(rows: list[Row]) -> Figure:
     six = _values(rows, "free", BEST, "pass_at_8")
     for rule, shift in zip(DISCOUNTS, (0.0, -0.2, 0.2, 0.4), strict=True):
         sizes = [bins for name, bins in RULES if name == rule]
-        found = np.array([mean_interval(_values(rows, rule, bins, "pass_at_8") - six) for bins in sizes])
-        error = np.abs(found[:, 1:] - found[:, :1]).T
-        left.errorbar(np.array(sizes) + shift, found[:, 0], yerr=error, fmt="o", markersize=4, label=rule)
+        intervals = np.array([mean_interval(_values(rows, rule, bins, "pass_at_8") - six) for bins in sizes])
+        error = np.abs(intervals[:, 1:] - intervals[:, :1]).T
+        left.errorbar(np.array(sizes) + shift, intervals[:, 0], yerr=error, fmt="o", markersize=4, label=rule)
         right.plot(sizes, [_values(rows, rule, bins, "flips").mean() for bins in sizes], "o-", markersize=4)
     left.axhline(0.0, color="black", linewidth=0.8)
     left.set(xlabel="bins", title="Held-out pass@8, minus that of 6 free bins")

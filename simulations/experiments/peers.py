@@ -3,7 +3,7 @@
 The calibrated run is 500 steps; here it is 100 steps of five times the learning rate, the same way in fewer batches, so
 that a prompt is visited ten times. Metrics are interpolated at the rollouts of the uniform run. With plain gradient
 steps a method that picks prompts of large gradient also takes longer steps; with `normalised steps` every update has
-the same length, as under a normalising optimiser: there a method wins by direction and by low noise alone.
+the same length, as under a normalising optimizer: a method then wins by direction and by low noise alone.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def simulate(seeds: np.ndarray, quick: bool) -> list[Row]:
 def differences(rows: list[Row], population: str, key: str = "pass_at_8") -> dict[str, np.ndarray]:
     """Per method (seeds,) value minus that of uniform."""
     values = {m: np.array([r[key] for r in rows if (r["population"], r["method"]) == (population, m)]) for m in PEERS}
-    return {method: found - values["uniform"] for method, found in values.items()}
+    return {method: value - values["uniform"] for method, value in values.items()}
 
 
 def tabulate(rows: list[Row]) -> str:
@@ -109,7 +109,7 @@ def tabulate(rows: list[Row]) -> str:
         for method, runs in by_method.items():
             cells = []
             for key in SHARES:
-                values, base = (100 * np.array([r[key] for r in found]) for found in (runs, by_method["uniform"]))
+                values, base = (100 * np.array([r[key] for r in group]) for group in (runs, by_method["uniform"]))
                 mean, low, high = mean_interval(values - base)
                 against = "" if method == "uniform" else f" ({with_interval(mean, low, high, '+.2f')})"
                 cells.append(f"{values.mean():.2f}{against}")
@@ -132,15 +132,15 @@ def judge(rows: list[Row]) -> Verdict:
     """Joint above the best of the others by its paired interval, everywhere; who beats uniform (95 % pointwise)."""
     holds, text = True, []
     for population in POPULATIONS:
-        found = differences(rows, population)
-        others = {m: d for m, d in found.items() if m not in ("joint", "Neyman oracle")}
+        gains = differences(rows, population)
+        others = {m: d for m, d in gains.items() if m not in ("joint", "Neyman oracle")}
         best = max(others, key=lambda m: float(others[m].mean()))
-        mean, low, high = mean_interval(100 * (found["joint"] - found[best]))
+        mean, low, high = mean_interval(100 * (gains["joint"] - gains[best]))
         holds &= low > 0
-        winners = {m: 100 * d.mean() for m, d in found.items() if m != "uniform" and mean_interval(d)[1] > 0}
+        winners = {m: 100 * d.mean() for m, d in gains.items() if m != "uniform" and mean_interval(d)[1] > 0}
         ranked = sorted(winners, key=lambda m: -winners[m])
         beat = ", ".join(f"{m} {winners[m]:+.2f}" for m in ranked) or "nobody"
-        mine, below, above = mean_interval(100 * found["joint"])
+        mine, below, above = mean_interval(100 * gains["joint"])
         text.append(
             f"{population}: joint {mine:+.2f} [{below:.2f}, {above:.2f}] points against uniform, {mean:+.2f} "
             f"[{low:.2f}, {high:.2f}] against {best}; above uniform: {beat}"
@@ -154,10 +154,10 @@ def draw(rows: list[Row]) -> Figure:
     axes = figure.subplots(1, len(POPULATIONS), sharey=True)
     methods = [m for m in PEERS if m != "uniform"]
     for axis, population in zip(axes, POPULATIONS, strict=True):
-        found = differences(rows, population)
+        gains = differences(rows, population)
         for ours in (False, True):
             rows_of = [k for k, m in enumerate(methods) if (m in OURS) == ours]
-            dots = np.array([mean_interval(100 * found[methods[k]]) for k in rows_of])
+            dots = np.array([mean_interval(100 * gains[methods[k]]) for k in rows_of])
             error = np.abs(dots[:, 1:].T - dots[:, 0])
             label = "this project" if ours else "peers"
             axis.errorbar(dots[:, 0], rows_of, xerr=error, fmt="o", markersize=4, capsize=2, label=label)

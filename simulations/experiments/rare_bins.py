@@ -89,13 +89,13 @@ def simulate(seeds: np.ndarray, quick: bool) -> list[Row]:
                 q = game.probabilities
                 rounds = step if name.startswith("Hedge") else 1  # Hedge's score is a sum
                 score = np.log(q / q[2]) / (STEP_SIZE * rounds)
-                found = {"easy": score[0], "hard": score[4], "common": score[1]}
+                log_ratios = {"easy": score[0], "hard": score[4], "common": score[1]}
                 common = {"seed": int(seed), "game": name, "payoff": payoff, "step": step}
                 first = bool(q[4] > q[:4].max() + 1e-12)
                 pull = SHARE * game.bin_weights if isinstance(game, PromptGDRO | PublishedPromptGDRO) else None
                 given = "" if pull is None else float(pull[4] / pull.sum())
                 rows.append(
-                    {**common, **{k: float(v) for k, v in found.items()}, "found": int(first)}
+                    {**common, **{k: float(v) for k, v in log_ratios.items()}, "found": int(first)}
                     | {"meant": float(q[4]), "given": given}
                 )
     return rows
@@ -109,8 +109,8 @@ def judge(rows: list[Row]) -> Verdict:
     early = {name: table(rows, "found", "step", game=name, payoff="error")[1][:, :4].mean(axis=1) for name in GAMES}
     sooner = {name: mean_interval(early["debiased"] - early[name]) for name in GAMES[1:3]}
     holds = all(low > 0 for _, low, _ in sooner.values())
-    said = [f"found early {early[n].mean():.2f}" + f" ({n})" for n in GAMES]
-    said += [f"debiased minus {n} {m:+.2f} [{a:+.2f}, {b:+.2f}]" for n, (m, a, b) in sooner.items()]
+    findings = [f"found early {early[n].mean():.2f}" + f" ({n})" for n in GAMES]
+    findings += [f"debiased minus {n} {m:+.2f} [{a:+.2f}, {b:+.2f}]" for n, (m, a, b) in sooner.items()]
     amplified = {}
     for name in GAMES[:3]:
         rare, common = (
@@ -118,12 +118,12 @@ def judge(rows: list[Row]) -> Verdict:
         )
         amplified[name] = rare / common
     holds &= amplified["share-normalised"] > 3 * amplified["undebiased"]
-    said.append("noise of rare over common bin " + ", ".join(f"{r:.1f} ({n})" for n, r in amplified.items()))
+    findings.append("noise of rare over common bin " + ", ".join(f"{r:.1f} ({n})" for n, r in amplified.items()))
     bias = {}
     for name in GAMES[3:]:
         for key, truth in (("easy", -0.4), ("hard", 0.4)):
             middle, low, high = mean_interval(table(rows, key, "step", game=name, payoff="error")[1][:, -1] - truth)
-            said.append(f"{name}: bias of the rare {key} bin {middle:+.3f} [{low:+.3f}, {high:+.3f}]")
+            findings.append(f"{name}: bias of the rare {key} bin {middle:+.3f} [{low:+.3f}, {high:+.3f}]")
             bias[name, key] = abs(middle)
     holds &= bias["Hedge", "easy"] < 0.1 * bias["Hedge without 1/o", "easy"]
     ratios = {}
@@ -131,9 +131,9 @@ def judge(rows: list[Row]) -> Verdict:
         meant, given = (table(rows, key, "step", game=name, payoff="error")[1][:, -1] for key in ("meant", "given"))
         ratios[name] = mean_interval(given / meant)
         middle, low, high = ratios[name]
-        said.append(f"{name}: the rare hardest bin gets {middle:.2f} [{low:.2f}, {high:.2f}] of the share q means")
+        findings.append(f"{name}: the rare hardest bin gets {middle:.2f} [{low:.2f}, {high:.2f}] of the share q means")
     holds &= ratios["debiased"][1] > 0.9 and ratios["debiased"][2] < 1.1 and ratios["undebiased"][2] < 0.2
-    return Verdict(bool(holds), "; ".join(said))
+    return Verdict(bool(holds), "; ".join(findings))
 
 
 def draw(rows: list[Row]) -> Figure:
@@ -141,8 +141,8 @@ def draw(rows: list[Row]) -> Figure:
     figure = Figure(figsize=(12.4, 3.4))
     axes = figure.subplots(1, 4)
     for name in GAMES:
-        x, found = table(rows, "found", "step", game=name, payoff="error")
-        (line,) = axes[0].semilogx(x, found.mean(axis=0), marker="o", markersize=3, label=name)
+        x, shares = table(rows, "found", "step", game=name, payoff="error")
+        (line,) = axes[0].semilogx(x, shares.mean(axis=0), marker="o", markersize=3, label=name)
         for key, style in (("hard", "-"), ("easy", "--")):
             score = table(rows, key, "step", game=name, payoff="error")[1].mean(axis=0)
             axes[1].semilogx(x, score, color=line.get_color(), linestyle=style)

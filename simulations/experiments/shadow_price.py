@@ -99,9 +99,9 @@ def simulate(seeds: np.ndarray, quick: bool) -> list[Row]:
 
 def _runs(rows: list[Row], kind: str, key: str) -> tuple[np.ndarray, np.ndarray]:
     """Horizons (T,), and values (seeds, T)."""
-    found = [r for r in rows if r["part"] == "ascent" and r["demand"] == kind]
-    horizons = np.unique([r["horizon"] for r in found])
-    return horizons, np.array([r[key] for r in found], dtype=float).reshape(-1, horizons.size)
+    selected = [r for r in rows if r["part"] == "ascent" and r["demand"] == kind]
+    horizons = np.unique([r["horizon"] for r in selected])
+    return horizons, np.array([r[key] for r in selected], dtype=float).reshape(-1, horizons.size)
 
 
 def judge(rows: list[Row]) -> Verdict:

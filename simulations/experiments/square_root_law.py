@@ -64,9 +64,9 @@ def simulate(seeds: np.ndarray, quick: bool) -> list[Row]:
 
 def _powers(rows: list[Row], bounds: str, key: str) -> tuple[np.ndarray, np.ndarray]:
     """(E,) exponents and (seeds, E) values."""
-    found = [row for row in rows if (row["part"], row["bounds"]) == ("power", bounds)]
-    exponents = np.unique([row["exponent"] for row in found])
-    return exponents, np.array([row[key] for row in found]).reshape(-1, exponents.size)
+    selected = [row for row in rows if (row["part"], row["bounds"]) == ("power", bounds)]
+    exponents = np.unique([row["exponent"] for row in selected])
+    return exponents, np.array([row[key] for row in selected]).reshape(-1, exponents.size)
 
 
 def _law(rows: list[Row], key: str) -> np.ndarray:

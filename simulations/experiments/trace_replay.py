@@ -150,13 +150,13 @@ def judge(rows: list[Row]) -> Verdict:
     }
     holds = loss[2] < 0 and error[2] < 0 and all(low > 0 for _, low, _ in gain.values())
     best = min(CLASSIFIERS, key=lambda rule: _values(rows, rule, "log_loss").mean())
-    told = [
+    findings = [
         f"log loss {loss[0]:+.4f} [{loss[1]:+.4f}, {loss[2]:+.4f}]",
         f"MSE {error[0]:+.5f} [{error[1]:+.5f}, {error[2]:+.5f}] against the published bins",
         *(f"mixed groups {g:+.3f} [{lo:+.3f}, {hi:+.3f}] over {name}" for name, (g, lo, hi) in gain.items()),
         f"least log loss: {best}",
     ]
-    return Verdict(holds, "; ".join(told) + " (intervals over random halves of one run)")
+    return Verdict(holds, "; ".join(findings) + " (intervals over random halves of one run)")
 
 
 def draw(rows: list[Row]) -> Figure:

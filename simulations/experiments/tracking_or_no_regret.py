@@ -78,18 +78,18 @@ def simulate(seeds: np.ndarray, quick: bool) -> list[Row]:
                     adversary.observe(bins, errors)
         best, every = -best_in_hindsight(-failing), float(failing.max(axis=1).sum())
         for name, total in earned.items():
-            found = {"regret": best - total, "tracking": every - total}
-            rows.append({"seed": int(seed), "adversary": name, "bins": kind, "horizon": horizon, **found})
+            regrets = {"regret": best - total, "tracking": every - total}
+            rows.append({"seed": int(seed), "adversary": name, "bins": kind, "horizon": horizon, **regrets})
     return rows
 
 
 def judge(rows: list[Row]) -> Verdict:
     """Stationary: slopes, and Hedge's bound. Moving: paired difference of tracking regret at the longest horizon."""
-    holds, said = True, []
+    holds, findings = True, []
     for name in ADVERSARIES[:4]:
         horizons, regret = table(rows, "regret", adversary=name, bins="stationary")
         middle, low, high = slope_interval(horizons, regret)
-        said.append(f"{name} {middle:.2f} [{low:.2f}, {high:.2f}]")
+        findings.append(f"{name} {middle:.2f} [{low:.2f}, {high:.2f}]")
         if name == "published EMA":
             holds &= low > 0.9
         elif name in ("Hedge", "EXP3-IX"):
@@ -103,7 +103,7 @@ def judge(rows: list[Row]) -> Verdict:
         + f"({tracking['Hedge'].mean():.3f}; uniform q: {0.3 * (1 - 1 / BINS):.3f}): "
     )
     text += ", ".join(f"{name} {m:+.3f} [{a:+.3f}, {b:+.3f}]" for name, (m, a, b) in compared.items())
-    return Verdict(bool(holds), "stationary, slopes of regret " + ", ".join(said) + text)
+    return Verdict(bool(holds), "stationary, slopes of regret " + ", ".join(findings) + text)
 
 
 def draw(rows: list[Row]) -> Figure:

@@ -57,41 +57,41 @@ def simulate(seeds: np.ndarray, quick: bool) -> list[Row]:
                     "rollout_lead_lag": float(np.average(bins, weights=counts) - bins.mean()),
                 }
                 for b in np.unique(bins).tolist():
-                    there = bins == b
-                    found = {
-                        "share": float(there.mean()),
-                        "weight": float(weights[there].mean() / weights.mean()),
-                        "rollouts": float(counts[there].mean()),
+                    in_bin = bins == b
+                    measured = {
+                        "share": float(in_bin.mean()),
+                        "weight": float(weights[in_bin].mean() / weights.mean()),
+                        "rollouts": float(counts[in_bin].mean()),
                     }
-                    rows.append({"seed": seed, "controller": name, "step": end, "bin": b} | found | leads)
+                    rows.append({"seed": seed, "controller": name, "step": end, "bin": b} | measured | leads)
     return rows
 
 
 def _lead(rows: list[Row], controller: str, key: str) -> np.ndarray:
     """(seeds, windows) lead-lag."""
     seeds, steps = sorted({row["seed"] for row in rows}), sorted({row["step"] for row in rows})
-    found = {(row["seed"], row["step"]): row[key] for row in rows if row["controller"] == controller}
-    return np.array([[found[seed, step] for step in steps] for seed in seeds])
+    value_of = {(row["seed"], row["step"]): row[key] for row in rows if row["controller"] == controller}
+    return np.array([[value_of[seed, step] for step in steps] for seed in seeds])
 
 
 def judge(rows: list[Row]) -> Verdict:
     """Intervals over seeds of the lead-lag in each third, and of its difference to the published prompt game's."""
     ours, published = (_lead(rows, name, "lead_lag") for name in ("recommended joint", "published prompt"))
-    holds, told = True, []
+    holds, findings = True, []
     thirds = zip(np.array_split(ours, 3, axis=1), np.array_split(published, 3, axis=1), strict=True)
     for third, (mine, theirs) in enumerate(thirds, start=1):
         mean, low, high = mean_interval(mine.mean(axis=1))
         other, other_low, other_high = mean_interval(theirs.mean(axis=1))
         closer = mean_interval(np.abs(mine).mean(axis=1) - np.abs(theirs).mean(axis=1))
         holds &= high <= -0.5 and closer[1] > 0
-        told.append(
+        findings.append(
             f"third {third}: recommended {mean:+.2f} [{low:+.2f}, {high:+.2f}], "
             f"published {other:+.2f} [{other_low:+.2f}, {other_high:+.2f}]"
         )
     for name in ("recommended joint", "published rollout"):
         mean, low, high = mean_interval(_lead(rows, name, "rollout_lead_lag").mean(axis=1))
-        told.append(f"rollouts of {name} {mean:+.2f} [{low:+.2f}, {high:+.2f}]")
-    return Verdict(bool(holds), "lead-lag in bins: " + "; ".join(told))
+        findings.append(f"rollouts of {name} {mean:+.2f} [{low:+.2f}, {high:+.2f}]")
+    return Verdict(bool(holds), "lead-lag in bins: " + "; ".join(findings))
 
 
 def draw(rows: list[Row]) -> Figure:

@@ -103,7 +103,7 @@ def gains(rows: list[Row], keys: tuple[str, ...] = ("pass_at_8", "mean_at_8")) -
     for row in rows:
         name = (row["prompt"], row["utility"], row["discount"])
         values.setdefault(name, {}).setdefault(row["seed"], []).append(float(np.mean([row[key] for key in keys])))
-    means = {name: np.array([np.mean(found) for found in of.values()]) for name, of in values.items()}
+    means = {name: np.array([np.mean(per_population) for per_population in of.values()]) for name, of in values.items()}
     return {name: 100 * (means[name] - means["uniform", "", ""]) for name in CHOICES}
 
 
@@ -111,21 +111,21 @@ def judge(rows: list[Row]) -> Verdict:
     """No other choice's lead has a paired 95 % interval above the margin; those with one above 0 are counted."""
     if len({row["rollouts"] for row in rows}) != 1:
         raise ValueError(f"runs must spend the same, got {sorted({row['rollouts'] for row in rows})} rollouts")
-    found = gains(rows)
+    gain_of = gains(rows)
     ahead = {
-        choice: mean_interval(found[choice] - found[RECOMMENDED])[1] for choice in CHOICES if choice != RECOMMENDED
+        choice: mean_interval(gain_of[choice] - gain_of[RECOMMENDED])[1] for choice in CHOICES if choice != RECOMMENDED
     }
     above = [choice for choice, low in ahead.items() if low > 0]
-    ranked = sorted(CHOICES, key=lambda choice: -found[choice].mean())
+    ranked = sorted(CHOICES, key=lambda choice: -gain_of[choice].mean())
     text = "; ".join(
         f"{', '.join(map(str, choice))} {mean:+.2f} [{low:+.2f}, {high:+.2f}] (pass@8 {only.mean():+.2f})"
         for choice in dict.fromkeys((*ranked[:3], RECOMMENDED))
-        for mean, low, high in (mean_interval(found[choice]),)
+        for mean, low, high in (mean_interval(gain_of[choice]),)
         for only in (gains(rows, ("pass_at_8",))[choice],)
     )
     most = max(ahead.values())
-    told = f"{len(above)} of 53 are above it, by at least {max(most, 0.0):.3f}"
-    return Verdict(most < MARGIN, f"points above uniform: {text}; {told}")
+    findings = f"{len(above)} of 53 are above it, by at least {max(most, 0.0):.3f}"
+    return Verdict(most < MARGIN, f"points above uniform: {text}; {findings}")
 
 
 def draw(rows: list[Row]) -> Figure:

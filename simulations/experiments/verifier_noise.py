@@ -57,10 +57,10 @@ def simulate(seeds: np.ndarray, quick: bool) -> list[Row]:
                 later = [step["plan"] for step in run[steps // 2 :]]
                 ids = np.concatenate([plan.ids for plan in later])
                 row = {"seed": seed, "error": error, "rate": rate, "controller": name}
-                for kind, there in (("unsolvable", start[ids] < 0.02), ("solved", start[ids] > 0.95)):
+                for kind, selected in (("unsolvable", start[ids] < 0.02), ("solved", start[ids] > 0.95)):
                     for what, field in (("rollouts", "counts"), ("weight", "weights")):
                         amount = np.concatenate([getattr(plan, field) for plan in later])
-                        row[f"{kind}_{what}"] = float(amount[there].mean() / amount.mean())
+                        row[f"{kind}_{what}"] = float(amount[selected].mean() / amount.mean())
                 rows.append(row | {key: run[-1][key] for key in ("mean_at_8", "pass_at_8", "worst")})
     return rows
 
@@ -72,7 +72,7 @@ def _values(rows: list[Row], error: str, rate: float, controller: str, measure: 
 
 def judge(rows: list[Row]) -> Verdict:
     """Paired by seed: 10 % errors minus none, for the four shares of the claim; and what the games gain at 10 %."""
-    holds, told = True, []
+    holds, findings = True, []
     for error, controller, measure, sign in (
         ("positives", "rollout game", "unsolvable_rollouts", 1),
         ("positives", "prompt game", "unsolvable_weight", -1),
@@ -82,15 +82,17 @@ def judge(rows: list[Row]) -> Verdict:
         before, after = (_values(rows, error, rate, controller, measure) for rate in (0.0, 0.1))
         _, low, high = mean_interval(after - before)
         holds &= low > 0 if sign > 0 else high < 0
-        told.append(f"{measure.replace('_', ' ')} x{before.mean():.2f} -> x{after.mean():.2f} with {error}")
+        findings.append(f"{measure.replace('_', ' ')} x{before.mean():.2f} -> x{after.mean():.2f} with {error}")
     for error, rate in (("positives", 0.0), ("positives", 0.1), ("negatives", 0.1)):
         for controller in ("prompt game", "rollout game"):
             gain = _values(rows, error, rate, controller, "pass_at_8") - _values(
                 rows, error, rate, "uniform", "pass_at_8"
             )
             mean, low, high = mean_interval(gain)
-            told.append(f"{controller} {mean:+.4f} [{low:+.4f}, {high:+.4f}] pass@8 on uniform at {rate:.0%} {error}")
-    return Verdict(bool(holds), "; ".join(told))
+            findings.append(
+                f"{controller} {mean:+.4f} [{low:+.4f}, {high:+.4f}] pass@8 on uniform at {rate:.0%} {error}"
+            )
+    return Verdict(bool(holds), "; ".join(findings))
 
 
 def draw(rows: list[Row]) -> Figure:
@@ -100,13 +102,13 @@ def draw(rows: list[Row]) -> Figure:
     for line, error in zip(axes, ("positives", "negatives"), strict=True):
         for axis, kind in zip(line, ("unsolvable", "solved"), strict=False):
             for controller, what in (("prompt game", "weight"), ("rollout game", "rollouts")):
-                found = [_values(rows, error, rate, controller, f"{kind}_{what}").mean() for rate in RATES]
-                axis.plot(RATES, found, "o-", markersize=4, label=f"{controller}: {what}")
+                means = [_values(rows, error, rate, controller, f"{kind}_{what}").mean() for rate in RATES]
+                axis.plot(RATES, means, "o-", markersize=4, label=f"{controller}: {what}")
             axis.axhline(1.0, color="black", linewidth=0.8)
             axis.set(title=f"On {kind} prompts", ylabel=f"false {error}\n/ mean prompt" if kind == "unsolvable" else "")
         for controller, colour in (("uniform", "C6"), ("prompt game", "C0"), ("rollout game", "C1")):
-            found = [_values(rows, error, rate, controller, "pass_at_8").mean() for rate in RATES]
-            line[2].plot(RATES, found, "o-", markersize=4, color=colour, label=controller)
+            means = [_values(rows, error, rate, controller, "pass_at_8").mean() for rate in RATES]
+            line[2].plot(RATES, means, "o-", markersize=4, color=colour, label=controller)
         line[2].set(title="Held-out pass@8, end")
     for axis in axes[1]:
         axis.set(xlabel="probability of the error")
