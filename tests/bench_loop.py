@@ -67,12 +67,12 @@ def test_training_step(benchmark, capsys, tmp_path, controller, threads):
         clock.report(run)
 
     benchmark.pedantic(one_run, rounds=ROUNDS)
-    found = {
+    result = {
         "loop": f"gdro {controller}",
         "threads": threads,
         "step_s": round(benchmark.stats["median"], 3),
         "peak_rss_mb": round(max(memory) / 1e6),
     }
-    benchmark.extra_info.update(found)
+    benchmark.extra_info.update(result)
     with capsys.disabled():
-        print(json.dumps(found))
+        print(json.dumps(result))

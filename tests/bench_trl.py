@@ -97,14 +97,14 @@ def main() -> None:
             callbacks=[times],
         )
         trainer.train()
-    found = {
+    result = {
         "loop": "trl GRPOTrainer",
         "threads": torch.get_num_threads(),
         "step_s": round(statistics.mean(times.wall[WARM_UP:]), 3),
         "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6),
         "reward": round(statistics.mean(rewards), 3),
     }
-    sys.stdout.write(json.dumps(found) + "\n")
+    sys.stdout.write(json.dumps(result) + "\n")
 
 
 if __name__ == "__main__":

@@ -46,15 +46,15 @@ def anchors(text: str) -> set[str]:
 
 def broken_links(text: str, folder: Path) -> list[str]:
     """Relative links of a Markdown text in `folder` whose file, or whose anchor, does not exist."""
-    found = []
+    broken = []
     for link in LINK.findall(without_code(text)):
         name, _, anchor = link.partition("#")
         path = folder / name
         if re.match(r"[a-z]+:", link):
             continue
         if not path.exists() or (anchor and anchor not in anchors(path.read_text(encoding="utf-8") if name else text)):
-            found.append(link)
-    return found
+            broken.append(link)
+    return broken
 
 
 def defined(path: Path) -> set[str]:
@@ -190,8 +190,8 @@ def test_speeds_are_collected_without_what_tells_of_the_machine(tmp_path, monkey
     (tmp_path / "bench.json").write_text(json.dumps({"machine_info": {"node": "secret"}, "benchmarks": [row]}))
     (tmp_path / "trl-2.json").write_text("{'train_loss': 1}\n" + json.dumps({"step_s": 0.8}) + "\n")
     FILL["collect"](tmp_path)
-    found = json.loads((tmp_path / "results" / "training" / "speed.json").read_text())
-    assert found == {"step[1]": {"median_s": 0.5, "threads": 1}, "trl-2": {"step_s": 0.8}}
+    saved = json.loads((tmp_path / "results" / "training" / "speed.json").read_text())
+    assert saved == {"step[1]": {"median_s": 0.5, "threads": 1}, "trl-2": {"step_s": 0.8}}
 
 
 def test_every_interval_has_a_source():
@@ -203,14 +203,14 @@ def test_every_interval_has_a_source():
 @pytest.mark.parametrize("name", harness.names())
 def test_results_are_of_the_present_claims_at_full_size(name):
     """Claim, source, columns and seeds are those of the code."""
-    module, found = harness.load(name), RESULTS[name]
-    assert (found["claim"], found["source"], found["columns"]) == (module.CLAIM, module.SOURCE, module.COLUMNS)
-    assert (found["seeds"], found["quick"]) == (module.SEEDS, False)
+    module, result = harness.load(name), RESULTS[name]
+    assert (result["claim"], result["source"], result["columns"]) == (module.CLAIM, module.SOURCE, module.COLUMNS)
+    assert (result["seeds"], result["quick"]) == (module.SEEDS, False)
 
 
 def test_the_count_of_failed_claims_is_right():
     """Those that fail are named in the report, and counted."""
-    simulated = {name: found["holds"] for name, found in RESULTS.items() if name in harness.names()}
+    simulated = {name: result["holds"] for name, result in RESULTS.items() if name in harness.names()}
     failed = {name for name, holds in simulated.items() if not holds}
     assert f"{len(failed)} of {len(simulated)} claims" in REPORT
     assert set(re.findall(r"\(`(\w+)`\) \| holds: no<", REPORT)) == failed
@@ -218,17 +218,17 @@ def test_the_count_of_failed_claims_is_right():
 
 def test_claims_name_code_that_exists():
     """Each `name` behind a Python file of the packages is defined there, and its module imports."""
-    found = re.findall(r"\[`(\w+)`\]\(\.\./((?:gdro_core(?:/theory)?|simulations)/\w+)\.py\)", CLAIMS)
-    assert len(found) > 40
-    assert [(name, module) for name, module in found if name not in defined(ROOT / f"{module}.py")] == []
-    assert all(hasattr(importlib.import_module(module.replace("/", ".")), name) for name, module in found)
+    links = re.findall(r"\[`(\w+)`\]\(\.\./((?:gdro_core(?:/theory)?|simulations)/\w+)\.py\)", CLAIMS)
+    assert len(links) > 40
+    assert [(name, module) for name, module in links if name not in defined(ROOT / f"{module}.py")] == []
+    assert all(hasattr(importlib.import_module(module.replace("/", ".")), name) for name, module in links)
 
 
 def test_claims_name_tests_that_exist():
     """Each test is a function of the file behind it."""
-    found = re.findall(r"\[`(test_\w+)`\]\(\.\./(tests/\S+?\.py)\)", CLAIMS)
-    assert len(found) > 60
-    assert [(name, file) for name, file in found if name not in defined(ROOT / file)] == []
+    links = re.findall(r"\[`(test_\w+)`\]\(\.\./(tests/\S+?\.py)\)", CLAIMS)
+    assert len(links) > 60
+    assert [(name, file) for name, file in links if name not in defined(ROOT / file)] == []
 
 
 def test_every_experiment_theorem_and_flaw_is_claimed():
@@ -271,8 +271,8 @@ def test_seeds_that_joint_play_does_not_win_are_seeds_where_grpo_is_good():
     ranks = []
     for size in ("0.9M", "3M", "12M"):
         with (PAPER / "results" / "training" / f"compare-cells-{size}.csv").open(newline="") as file:
-            found = {(row["method"], row["seed"]): float(row["pass@8"]) for row in csv.DictReader(file)}
-        grpo, joint = ([found[name, str(seed)] for seed in range(8)] for name in ("grpo", "joint"))
+            rates = {(row["method"], row["seed"]): float(row["pass@8"]) for row in csv.DictReader(file)}
+        grpo, joint = ([rates[name, str(seed)] for seed in range(8)] for name in ("grpo", "joint"))
         ranks += [
             sum(other > mine for other in grpo) for mine, gained in zip(grpo, joint, strict=True) if gained <= mine
         ]
@@ -284,19 +284,21 @@ def test_seeds_that_joint_play_does_not_win_are_seeds_where_grpo_is_good():
 def test_figures_are_shown_and_small():
     """Every picture in figures/ is in the report, below 100 kB."""
     shown = set(re.findall(r"\(figures/([\w.-]+\.png)\)", REPORT))
-    found = {path.name: path.stat().st_size for path in (PAPER / "figures").iterdir()}
-    assert set(found) == shown
-    assert max(found.values()) < 100_000
+    sizes = {path.name: path.stat().st_size for path in (PAPER / "figures").iterdir()}
+    assert set(sizes) == shown
+    assert max(sizes.values()) < 100_000
 
 
 def test_citation_has_what_the_format_demands():
     """CFF 1.2.0: mandatory fields, the present version and licence, and the paper's five authors."""
-    found = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert found["cff-version"] == "1.2.0"
-    assert all(found[field] for field in ("message", "title", "authors"))
-    assert (found["version"], found["license"]) == (project["version"], project["license"])
-    paper = found["references"][0]
+    assert citation["cff-version"] == "1.2.0"
+    assert all(citation[field] for field in ("message", "title", "authors"))
+    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
+    paper = citation["references"][0]
     assert {author["family-names"] for author in paper["authors"]} == {"Panaganti", "Liang", "Yu", "Mi"}
     assert paper["url"].endswith("/2601.19280")
-    assert all(reference["type"] and reference["title"] and reference["authors"] for reference in found["references"])
+    assert all(
+        reference["type"] and reference["title"] and reference["authors"] for reference in citation["references"]
+    )

@@ -1,7 +1,7 @@
 r"""TRL's GRPOTrainer under a controller: `GDROTrainer` wraps four of its methods and copies none.
 
-A generation batch of TRL is N prompts x n_bar rows (`num_generations`), split over the processes. Once a batch, on every
-process:
+A generation batch of TRL is N prompts x n_bar rows (`num_generations`), split over the processes. For each batch, on
+every process:
 
 1. The N ids are gathered, the controller plans, and the same N n_bar row slots are assigned anew, `plan.counts[i]` to
    prompt i with all its columns. TRL then samples, grades and measures lengths row by row, and never sees the counts.

@@ -1,7 +1,8 @@
 r"""From a problem to the tokens that the policy continues.
 
-`prompt_style` "plain" is the template unchanged, for base models: after the tokenizer's tokens for a start (BOS), without
-those for an end. "chat" is the template as the user's turn of the tokenizer's chat template, with the opening of the assistant's turn; `thinking` decides whether that lets the model think first.
+`prompt_style` "plain" is the template unchanged, for base models: after the tokenizer's tokens for a start (BOS) and
+without those for an end. "chat" is the template as the user's turn of the tokenizer's chat template, with the opening
+of the assistant's turn; `thinking` decides whether that lets the model think first.
 """
 
 from __future__ import annotations

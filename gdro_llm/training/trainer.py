@@ -313,7 +313,7 @@ class Run:
             self.best.offer(rate, **place, write_model=self.policy.save)
 
     def evaluate_best(self) -> None:
-        """Evaluate the best weights after the last step, in the memory of the policy and its moments: both are saved."""
+        """Evaluate the best weights after the last step, in the memory of policy and moments: both are saved."""
         if self.validation_problems:
             del self.optimizer, self.policy, self.sampler.policy
             gc.collect()

@@ -52,11 +52,11 @@ def logprobs_of(policy: Policy, prompt: str, completion: list[int]) -> torch.Ten
     """Log-probability of each completion token from one plain forward pass."""
     ids = token_ids(policy, prompt)
     logits = policy.model(torch.tensor([ids + completion]), use_cache=False).logits[0]
-    found = []
+    logprobs = []
     for t, token in enumerate(completion):
         scaled = logits[len(ids) + t - 1].double() / policy.temperature
-        found.append(scaled[token] - torch.logsumexp(scaled, 0))
-    return torch.stack(found)
+        logprobs.append(scaled[token] - torch.logsumexp(scaled, 0))
+    return torch.stack(logprobs)
 
 
 def rows(tokens_R_T: torch.Tensor, mask_R_T: torch.Tensor) -> list[list[int]]:
@@ -72,15 +72,15 @@ def pad(completions: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def advantages(rewards, owner, scale) -> np.ndarray:
-    found = np.zeros(len(rewards))
+    result = np.zeros(len(rewards))
     for i in set(owner.tolist()):
         group = [r for r, o in zip(rewards, owner, strict=True) if o == i]
         mean = sum(group) / len(group)
         std = math.sqrt(sum((r - mean) ** 2 for r in group) / len(group))
         for j, o in enumerate(owner):
             if o == i and std > 1e-8:
-                found[j] = (rewards[j] - mean) / (std + 1e-6 if scale else 1.0)
-    return found
+                result[j] = (rewards[j] - mean) / (std + 1e-6 if scale else 1.0)
+    return result
 
 
 def surrogate(logprob, old, advantage, low, high):
@@ -114,14 +114,14 @@ def token_losses(kind, logprobs, old, advantage, low, high) -> list:
         pessimist = min(float(ratio.detach()) * advantage, clipped * advantage)
         loss = -ratio * advantage if pessimist == float(ratio.detach()) * advantage else -clipped * advantage
         return [loss] * len(old)
-    found = []
+    losses = []
     for logprob, before in zip(logprobs, old, strict=True):
         if kind == "cispo":
             weight = min(math.exp(float(logprob.detach()) - before), 1 + high)  # a number: no gradient flows
-            found.append(-weight * advantage * logprob)
+            losses.append(-weight * advantage * logprob)
         else:
-            found.append(surrogate(logprob, before, advantage, low, high))
-    return found
+            losses.append(surrogate(logprob, before, advantage, low, high))
+    return losses
 
 
 def batch_loss(kind, losses: list[list], max_new_tokens: int):

@@ -48,12 +48,12 @@ def refused(tmp_path, tiny_model, capsys):
         command = ["train", str(tmp_path / "mine.toml"), "--model", str(model), "--out", str(tmp_path / "out"), *data]
         capsys.readouterr()
         assert main([*command, *flags]) == 2
-        found = capsys.readouterr()
-        assert found.err.startswith("gdro: error: ")
-        assert found.err.count("\n") == 1
-        assert found.out == ""
+        captured = capsys.readouterr()
+        assert captured.err.startswith("gdro: error: ")
+        assert captured.err.count("\n") == 1
+        assert captured.out == ""
         assert not (tmp_path / "out").exists(), "a mistake leaves no run directory"
-        return found.err
+        return captured.err
 
     return run
 
@@ -138,8 +138,8 @@ def test_a_wrong_setting_is_named(refused, toml, message, monkeypatch):
         ({"train": "[1, 2]\n"}, r"line 1: needs a JSON object"),
         ({"train": lines(GOOD[:2]) + '{"problem": "a'}, r"train.jsonl, line 3: not JSON"),
         ({"train": b'{"problem": "\xff", "answer": "1"}'}, r"line 1: not JSON"),
-        ({"train": [{"id": "a", **row} for row in GOOD]}, r"line 2: the id 'a' stands twice; ids must be unique"),
-        ({"train": [*GOOD, GOOD[0]]}, r"line 11: the id 'train/\w+' stands twice"),
+        ({"train": [{"id": "a", **row} for row in GOOD]}, r"line 2: the id 'a' occurs twice; ids must be unique"),
+        ({"train": [*GOOD, GOOD[0]]}, r"line 11: the id 'train/\w+' occurs twice"),
         ({"train": "\n\n"}, r"train.jsonl holds no problems"),
         (
             {"train": [*GOOD, {"id": "x", "problem": "Tom has 3", "answer": "3"}]},
@@ -149,7 +149,7 @@ def test_a_wrong_setting_is_named(refused, toml, message, monkeypatch):
         ({"train": GOOD[:3]}, r"batch_size must be at most the 3 problems of .*train.jsonl, got 4"),
         (
             {"test": [*HELD_OUT, GOOD[3]]},
-            r"1 problems of test_data stand in data too, for example '3\+1='; remove them",
+            r"1 problems of test_data occur in data too, for example '3\+1='; remove them",
         ),
     ],
 )
@@ -164,8 +164,8 @@ def test_missing_files_and_flags_are_named(refused, tmp_path, capsys):
     assert "test_data must name held-out problems" in refused("--test-data", "")
     for name in ("quickstrat", str(tmp_path / "none.toml")):
         assert main(["train", name]) == 2
-        found = capsys.readouterr().err
-        assert f"no preset {name!r}: choose one of {', '.join(preset_names())}, or give a .toml file" in found
+        message = capsys.readouterr().err
+        assert f"no preset {name!r}: choose one of {', '.join(preset_names())}, or give a .toml file" in message
     (tmp_path / "file").write_text("x")
     assert "cannot make the run directory" in refused("--out", str(tmp_path / "file" / "run"))
     assert "choose another --out" in refused("--out", str(tmp_path / "file"))
@@ -192,9 +192,9 @@ def test_a_model_folder_that_cannot_be_loaded_is_named(refused, tmp_path, tiny_m
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
     spoil(folder)
-    found = refused(model=folder)
-    assert re.search(message, found)
-    assert str(folder) in found
+    error = refused(model=folder)
+    assert re.search(message, error)
+    assert str(folder) in error
 
 
 def test_missing_weights_are_an_error_and_not_random_numbers(refused, tmp_path, tiny_model):
@@ -218,13 +218,13 @@ def test_a_hub_name_out_of_reach_is_one_line(tmp_path):
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
     command = ["train", "quickstart", "--model", "nobody/nothing", "--out", str(tmp_path / "out")]
-    found = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "gdro_llm.cli", *command], env=environment, capture_output=True, text=True, check=False
     )
-    assert found.returncode == 2
-    assert found.stderr.startswith("gdro: error: cannot load model 'nobody/nothing'")
-    assert "--model takes a folder" in found.stderr
-    assert found.stderr.count("\n") == 1
+    assert process.returncode == 2
+    assert process.stderr.startswith("gdro: error: cannot load model 'nobody/nothing'")
+    assert "--model takes a folder" in process.stderr
+    assert process.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -238,15 +238,15 @@ def test_shipped_presets_load(name):
 
 def test_presets_come_before_defaults_and_flags_before_presets(tmp_path, monkeypatch):
     """`gdro train p.toml --seed 3` is the defaults, then p, then the flags; whole numbers serve as floats."""
-    found = []
+    calls = []
     monkeypatch.setattr(
-        "gdro_llm.training.trainer.train", lambda config, out, **flags: found.append((config, out, flags))
+        "gdro_llm.training.trainer.train", lambda config, out, **flags: calls.append((config, out, flags))
     )
     monkeypatch.setattr("gdro_llm.cli._write_report", lambda *arguments: None)
     (tmp_path / "p.toml").write_text("seed = 2\ntemperature = 2\nmean_rollouts = 5\nscale_rewards = false\n")
     monkeypatch.chdir(tmp_path)
     assert main(["train", "p.toml", "--seed", "3", "--controller", "grpo", "--resume"]) == 0
-    config, out, flags = found[0]
+    config, out, flags = calls[0]
     assert config == Config(
         preset="p", seed=3, temperature=2.0, mean_rollouts=5, scale_rewards=False, controller="grpo"
     )
@@ -297,10 +297,10 @@ def test_the_help_names_every_key_preset_and_controller(capsys):
 def test_what_the_command_line_refuses_is_one_line_with_code_2(arguments, message, capsys):
     """Unknown words with near ones, wrong types and choices, absent and surplus arguments, --resume with --fresh."""
     assert main(arguments) == 2
-    found = capsys.readouterr()
-    assert found.err.startswith(f"gdro: error: {message}"), found.err
-    assert found.err.count("\n") == 1
-    assert found.out == ""
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"gdro: error: {message}"), captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
 
 
 def test_a_flag_is_not_abbreviated(capsys):
@@ -356,8 +356,8 @@ def test_shells_complete_commands_presets_flags_and_choices(words, expected, mon
     monkeypatch.setenv("COMP_WORDS", f"gdro {words}")
     monkeypatch.setenv("COMP_CWORD", str(f"gdro {words}".count(" ")))
     assert main([]) == 0
-    found = {row.partition(",")[2] for row in capsys.readouterr().out.splitlines()}
-    assert found == expected if words else found > expected
+    words_offered = {row.partition(",")[2] for row in capsys.readouterr().out.splitlines()}
+    assert words_offered == expected if words else words_offered > expected
 
 
 def test_the_help_says_how_shells_complete(monkeypatch, capsys):
@@ -384,8 +384,8 @@ def test_what_needs_no_torch_does_not_load_it(code):
     """In a process of its own; nor numpy, transformers or matplotlib."""
     code += "\nimport sys; assert not {'torch', 'transformers', 'matplotlib', 'numpy'} & sys.modules.keys()"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr
+    process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
 
 
 def test_the_package_offers_its_functions():
@@ -397,8 +397,8 @@ def test_the_package_offers_its_functions():
 
     offered = [getattr(gdro_llm, name) for name in sorted(gdro_llm.__all__)]
     assert offered == [Config, UsageError, compare, evaluate_model, load_preset, train, write_report]
-    for name, found in zip(sorted(gdro_llm.__all__), offered, strict=True):
-        assert found.__doc__
+    for name, value in zip(sorted(gdro_llm.__all__), offered, strict=True):
+        assert value.__doc__
         assert re.search(rf"^    {name} ", gdro_llm.__doc__, re.MULTILINE)
     with pytest.raises(AttributeError, match="module 'gdro_llm' has no attribute 'tain'"):
         gdro_llm.tain  # noqa: B018
@@ -407,9 +407,9 @@ def test_the_package_offers_its_functions():
 def test_report_of_what_is_no_run_is_refused(tmp_path, capsys):
     """One line, exit code 2."""
     assert main(["report", str(tmp_path)]) == 2
-    found = capsys.readouterr().err
-    assert found.startswith("gdro: error: ")
-    assert found.count("\n") == 1
+    message = capsys.readouterr().err
+    assert message.startswith("gdro: error: ")
+    assert message.count("\n") == 1
 
 
 def test_presets_lists_every_preset(capsys):
@@ -501,5 +501,5 @@ def test_an_absent_key_of_an_earlier_run_has_its_default():
     before = json.loads(Config().to_json())
     del before["cvar_alpha"], before["chi_square_rho"]
     assert Config(threads=2, log_to="wandb").conflicts(before) == {}
-    found = Config(adversary="cvar", cvar_alpha=0.2, seed=1).conflicts(before)
-    assert found == {"seed": (0, 1), "adversary": ("entropic", "cvar"), "cvar_alpha": (0.5, 0.2)}
+    differing = Config(adversary="cvar", cvar_alpha=0.2, seed=1).conflicts(before)
+    assert differing == {"seed": (0, 1), "adversary": ("entropic", "cvar"), "cvar_alpha": (0.5, 0.2)}

@@ -43,10 +43,10 @@ def test_a_percentile_interval_by_hand():
     """Of a ratio of means: the rows are drawn together, and the ends are linear between order statistics."""
     rng = np.random.default_rng(1)
     top, bottom = rng.random(7), 1.0 + rng.random(7)
-    found = percentile_interval(lambda rows: top[rows].mean(-1) / bottom[rows].mean(-1), 7, resamples=101)
+    interval = percentile_interval(lambda rows: top[rows].mean(-1) / bottom[rows].mean(-1), 7, resamples=101)
     ratios = sorted(sum(top[i] for i in rows) / sum(bottom[i] for i in rows) for rows in resampled_rows(7, 101))
     by_hand = [ratios[2] + (ratios[3] - ratios[2]) * 0.5, ratios[97] + (ratios[98] - ratios[97]) * 0.5]
-    assert found == pytest.approx(by_hand)
+    assert interval == pytest.approx(by_hand)
 
 
 def test_resampled_rows_are_drawn_with_replacement_and_always_the_same():

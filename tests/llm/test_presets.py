@@ -28,10 +28,10 @@ def load(name: str) -> Config:
 
 def promise(name: str) -> tuple[str, float, int, str]:
     """Command, GB and GPUs of a preset's header, and the line that the command's verdict must be."""
-    found = re.search(r"^# (gdro plan-memory (\S+) --gpu-memory (\d+) --gpus (\d+)):\n#   (.+)$", text_of(name), re.M)
-    assert found, f"{name} has no line on memory"
-    assert found[2] == name
-    return found[1], float(found[3]), int(found[4]), found[5]
+    match = re.search(r"^# (gdro plan-memory (\S+) --gpu-memory (\d+) --gpus (\d+)):\n#   (.+)$", text_of(name), re.M)
+    assert match, f"{name} has no line on memory"
+    assert match[2] == name
+    return match[1], float(match[3]), int(match[4]), match[5]
 
 
 def test_there_are_two_forms_of_four_models():
@@ -105,7 +105,7 @@ def test_published_settings_are_those_of_the_paper(name):
 def test_every_published_line_says_where_it_comes_from(name):
     """In the same line, or in a comment right above; departures are marked, and 8-bit moments are one."""
     lines = text_of(name).splitlines()
-    keys = {i: found[1] for i, line in enumerate(lines) if (found := re.match(r"(\w+) = ", line))}
+    keys = {i: setting[1] for i, line in enumerate(lines) if (setting := re.match(r"(\w+) = ", line))}
     assert set(load_preset(name)) - {"preset"} == set(keys.values())
     for i, key in keys.items():
         source = lines[i].partition("#")[2] or (lines[i - 1] if lines[i - 1].startswith("#") else "")

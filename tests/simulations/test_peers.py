@@ -36,7 +36,7 @@ def asked(ids, counts):
     return Plan(tuple(ids), np.full(len(ids), -1), np.ones(len(ids)), np.asarray(counts), 0.0, 0)
 
 
-def taught(name, *successes):
+def trained(name, *successes):
     """A peer that saw so many of 8 rollouts right on prompts 0, 1, ..."""
     peer = PEERS[name](small(), MEAN, np.random.default_rng(0))
     counts = np.full(len(successes), 8)
@@ -86,7 +86,7 @@ def test_uniform_has_the_same_run_here_and_in_train():
 
 def test_neyman_follows_the_square_root_of_the_variance():
     """Posterior means 1/2 and 1/18: √(p q) = .5 and .229, so 16 rollouts go 11 : 5; the oracle reads true rates."""
-    assert taught("Neyman plug-in", 4, 0).plan([0, 1]).counts.tolist() == [11, 5]
+    assert trained("Neyman plug-in", 4, 0).plan([0, 1]).counts.tolist() == [11, 5]
     population = small()
     p = population.pass_rate[:20]
     counts = PEERS["Neyman oracle"](population, MEAN, np.random.default_rng(0)).plan(list(range(20))).counts
@@ -96,7 +96,7 @@ def test_neyman_follows_the_square_root_of_the_variance():
 
 def test_vip_is_one_plus_a_share_of_the_rest():
     """1 + (16 - 2) .5 / .729 = 10.6 and 1 + 14 x .229 / .729 = 5.4."""
-    assert taught("VIP", 4, 0).plan([0, 1]).counts.tolist() == [11, 5]
+    assert trained("VIP", 4, 0).plan([0, 1]).counts.tolist() == [11, 5]
 
 
 @pytest.mark.parametrize(
@@ -115,8 +115,8 @@ def test_utility_of_two_rollouts(name, a, b, expected):
 
 def test_coba_turns_to_easy_prompts_when_it_fails():
     """Failure rate of the last batch: 1 - 2/16."""
-    assert taught("CoBA-RL", 2, 0).failure == pytest.approx(14 / 16)
-    peer = taught("CoBA-RL", 0, 0)
+    assert trained("CoBA-RL", 2, 0).failure == pytest.approx(14 / 16)
+    peer = trained("CoBA-RL", 0, 0)
     easy, hard = peer.utility(np.array([8.0, 2.0]), np.array([2.0, 8.0]))[:, 5]
     assert easy > hard
 
@@ -141,7 +141,7 @@ def test_dapo_keeps_mixed_groups():
 
 def test_greso_skips_by_the_streak():
     """Streaks 0, 1, 3 and 20 stay with probability 1, 1/2, 1/8 and .01; a mixed group ends a streak."""
-    peer = taught("GRESO", 0, 8, 4)
+    peer = trained("GRESO", 0, 8, 4)
     assert peer.streak[:3].tolist() == [1, 1, 0]
     peer.streak[:4] = [0, 1, 3, 20]
     seen = np.bincount(np.concatenate([peer.plan([0, 1, 2, 3]).ids for _ in range(4000)]), minlength=4) / 4000
@@ -149,7 +149,7 @@ def test_greso_skips_by_the_streak():
 
 
 def test_mopps_takes_prompts_near_one_half():
-    """Posteriors made almost certain: the 20 prompts told half right are taken, wherever they are in the pool."""
+    """Posteriors made almost certain: the 20 prompts seen to be half right are taken, wherever they are in the pool."""
     peer = PEERS["MoPPS"](small(), MEAN, np.random.default_rng(0))
     successes = np.where(np.arange(60) % 3 == 0, 5000, 0)
     peer.memory.observe(list(range(60)), successes, np.full(60, 10000))

@@ -152,5 +152,5 @@ def test_counting_makes_the_update_a_mean_over_rollouts():
         own.weights[i] * advantages[r] * (population.correct[r] - rate[i]) * population.loadings[i]
         for r, i in enumerate(own.owner)
     )
-    found = population.gradient(rows, plan.counts, rewards, plan.weights)
-    np.testing.assert_allclose(found, expected / own.owner.size, rtol=1e-10)
+    computed = population.gradient(rows, plan.counts, rewards, plan.weights)
+    np.testing.assert_allclose(computed, expected / own.owner.size, rtol=1e-10)

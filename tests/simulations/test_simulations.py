@@ -30,8 +30,8 @@ def test_a_quick_run_writes_documented_rows_a_figure_and_a_verdict(name, tmp_pat
     assert list(rows[0]) == list(columns)
     assert len({row["seed"] for row in rows}) == 2
     assert not any(value in ("nan", "inf", "-inf") for row in rows for value in row.values())
-    found = json.loads((tmp_path / "a" / f"{name}.json").read_text())
-    assert (found["holds"], found["verdict"], found["seeds"]) == (verdict.holds, verdict.text, 2)
+    saved = json.loads((tmp_path / "a" / f"{name}.json").read_text())
+    assert (saved["holds"], saved["verdict"], saved["seeds"]) == (verdict.holds, verdict.text, 2)
     assert (tmp_path / "a" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     assert (tmp_path / "a" / f"{name}.pdf").read_bytes()[:4] == b"%PDF"
     harness.run(name, tmp_path / "b", quick=True, seeds=2)
@@ -72,8 +72,8 @@ def test_an_interrupted_run_goes_on_from_the_finished_seeds(tmp_path, monkeypatc
     )
     harness.run("square_root_law", tmp_path / "parts", seeds=120)
     assert (done, again) == ([0], [50, 100])
-    found = [(tmp_path / folder / "square_root_law.csv").read_bytes() for folder in ("whole", "parts")]
-    assert found[0] == found[1]
+    tables = [(tmp_path / folder / "square_root_law.csv").read_bytes() for folder in ("whole", "parts")]
+    assert tables[0] == tables[1]
     assert not list((tmp_path / "parts" / ".unfinished").iterdir())
 
 
@@ -116,7 +116,7 @@ def test_mistakes_are_one_line(arguments, message, capsys):
 
 
 def test_every_flaw_has_an_experiment():
-    """F1 to F10 of the method each stand in a SOURCE, as whole words: F10 is not F1."""
+    """F1 to F10 of the method are each named in a SOURCE, as whole words: F10 is not F1."""
     named = {word for name in EXPERIMENTS for word in re.findall(r"\bF\d+\b", harness.load(name).SOURCE)}
     assert {f"F{k}" for k in range(1, 11)} <= named
 
@@ -126,7 +126,7 @@ def test_list_names_every_experiment_with_its_claim(capsys):
     assert main(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     for name, line in zip(EXPERIMENTS, lines, strict=True):
-        assert all(told in line for told in (name, harness.load(name).CLAIM, harness.load(name).SOURCE))
+        assert all(part in line for part in (name, harness.load(name).CLAIM, harness.load(name).SOURCE))
 
 
 def test_an_experiment_needs_no_torch():
@@ -142,7 +142,7 @@ def test_a_kept_block_is_of_the_present_code_of_the_core_too():
     """A change of either package makes unfinished blocks another run's."""
     names = {"/".join(path.parts[-2:]) for path in harness.sources()}
     assert {
-        "measuring/intervals.py",
+        "gdro_llm/intervals.py",
         "gdro_core/controller.py",
         "gdro_core/difficulty.py",
         "simulations/population.py",

@@ -133,8 +133,8 @@ def test_theorem_7_regret_under_a_hard_budget():
 )
 def test_theorem_7_the_bound_under_a_hard_budget_by_hand(price, reward, expected):
     """C_1 = f c / n_bar, C_2 = (c - n_bar)^2 / 2, C_3 = max(mu_0, f / n_bar - mu_0)^2 / 2, at f < 1 and mu_0 > 0."""
-    found = hard_budget_regret_bound(100, 0.05, target=4.0, max_reward=reward, max_cost=12.0, price=price)
-    assert found == pytest.approx(expected, rel=1e-12)
+    bound = hard_budget_regret_bound(100, 0.05, target=4.0, max_reward=reward, max_cost=12.0, price=price)
+    assert bound == pytest.approx(expected, rel=1e-12)
 
 
 @given(st.lists(st.floats(0, 12), min_size=1, max_size=40), st.floats(0.001, 1), st.floats(0, 1), st.floats(0, 1))

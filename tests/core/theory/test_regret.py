@@ -90,13 +90,13 @@ def test_tracking_complexity_is_the_log_loss_of_sharing(t, k, data):
         stay = (t - 1 - s) * -np.log1p(-alpha) if s < t - 1 else 0.0
         return log(k) + s * log(k / alpha) + stay
 
-    found = tracking_complexity(t, k, s)
-    assert found == pytest.approx(cost(s / (t - 1)))
-    assert all(found <= cost(a) * (1 + 1e-9) for a in (0.5 * s / (t - 1), (s / (t - 1) + 1) / 2) if a < 1)
-    assert found <= (s + 1) * log(k) + s * log(e * (t - 1) / s) + 1e-9
+    complexity = tracking_complexity(t, k, s)
+    assert complexity == pytest.approx(cost(s / (t - 1)))
+    assert all(complexity <= cost(a) * (1 + 1e-9) for a in (0.5 * s / (t - 1), (s / (t - 1) + 1) / 2) if a < 1)
+    assert complexity <= (s + 1) * log(k) + s * log(e * (t - 1) / s) + 1e-9
     policy = Exp3S.for_horizon(k, t, s)
     assert policy.share == s / (t - 1)
-    assert exp3_s_bound(t, k, s) == pytest.approx(found / policy.step_size + policy.step_size * t * k / 2)
+    assert exp3_s_bound(t, k, s) == pytest.approx(complexity / policy.step_size + policy.step_size * t * k / 2)
     assert exp3_s_bound(t, k, 0) == pytest.approx(exp3_bound(t, k))
 
 

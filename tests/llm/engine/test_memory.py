@@ -164,22 +164,22 @@ def test_with_checkpointing_a_block_keeps_its_input_only(dtype):
 
 def test_items_add_up_by_hand():
     """Qwen3-4B, adamw8bit, one GPU: each item as a person would reckon it."""
-    found = estimate(QWEN_4B, 80 * GB)
+    needs = estimate(QWEN_4B, 80 * GB)
     parameters = 4_022_468_096
-    assert found.items["weights"] == (4 * parameters,) * 3
-    assert found.items["gradients"] == (0, 4 * parameters, 4 * parameters)
-    assert found.items["moments"] == (pytest.approx(2.03125 * parameters),) * 3
+    assert needs.items["weights"] == (4 * parameters,) * 3
+    assert needs.items["gradients"] == (0, 4 * parameters, 4 * parameters)
+    assert needs.items["moments"] == (pytest.approx(2.03125 * parameters),) * 3
     block = 2560 * 4096 * 2 + 2 * 2560 * 1024 + 3 * 2560 * 9728
-    assert found.items["casts and gathered weights"][1] == 2 * (block + 151936 * 2560)  # one block's and the head's
+    assert needs.items["casts and gathered weights"][1] == 2 * (block + 151936 * 2560)  # one block's and the head's
     without = estimate(replace(QWEN_4B, gradient_checkpointing=False), 80 * GB)
     assert without.items["casts and gathered weights"][1] == pytest.approx(2 * parameters, rel=1e-3)  # all but norms
-    assert found.items["logits"][1] == pytest.approx(CHUNK * 14 + 151936 * 2560 * 6)
-    assert found.items["vLLM (asleep outside of sampling)"][0] == 40 * GB
+    assert needs.items["logits"][1] == pytest.approx(CHUNK * 14 + 151936 * 2560 * 6)
+    assert needs.items["vLLM (asleep outside of sampling)"][0] == 40 * GB
     cache_row = 2 * 36 * 1024 * 2 * 5120  # keys and values, blocks, width, bytes, tokens
-    assert found.sequences == int((40 * GB - 2 * parameters - 2 * GB) // cache_row)
-    assert found.phases["step"] == pytest.approx(sum(sizes[2] for sizes in found.items.values()))
-    assert found.peak == max(found.phases.values())
-    assert "reference" not in found.items
+    assert needs.sequences == int((40 * GB - 2 * parameters - 2 * GB) // cache_row)
+    assert needs.phases["step"] == pytest.approx(sum(sizes[2] for sizes in needs.items.values()))
+    assert needs.peak == max(needs.phases.values())
+    assert "reference" not in needs.items
     with_reference = estimate(replace(QWEN_4B, kl_coef=0.001), 80 * GB)
     assert with_reference.items["reference"] == (4 * parameters,) * 3
     adapters = estimate(replace(QWEN_4B, kl_coef=0.001, lora_rank=32), 80 * GB)
@@ -234,8 +234,8 @@ def changed(config: Config, text: str) -> tuple[Config, int]:
     """Configuration and GPUs after the remedies in a message, as a user would apply them."""
     gpus, changes = 1, {}
     for remedy in text.split(", "):
-        if found := re.fullmatch(r"(\d+) GPUs", remedy):
-            gpus = int(found[1])
+        if match := re.fullmatch(r"(\d+) GPUs", remedy):
+            gpus = int(match[1])
             continue
         flag, _, value = remedy.removeprefix("--").replace("-", "_", remedy.count("-") - 2).partition(" ")
         kind = type(getattr(config, flag))
@@ -293,10 +293,10 @@ def test_plan_memory_prints_the_table_and_refuses_the_impossible(capsys):
     assert "4,022,468,096 parameters" in out
     assert "fits: sample" in out
     assert main(["plan-memory", "qwen3-4b-dapo", "--gpu-memory", "40"]) == 2
-    found = capsys.readouterr()
-    assert "weights" in found.out
-    assert found.err.startswith("gdro: error: Qwen/Qwen3-4B-Base does not fit on 1 GPU: ")
-    assert found.err.count("\n") == 1
+    captured = capsys.readouterr()
+    assert "weights" in captured.out
+    assert captured.err.startswith("gdro: error: Qwen/Qwen3-4B-Base does not fit on 1 GPU: ")
+    assert captured.err.count("\n") == 1
     assert main(["plan-memory", "qwen3-4b-dapo", "--gpu-memory", "40", "--gpus", "4", "--optimizer", "adamw"]) == 0
     for flags in (["--gpus", "0"], ["--gpu-memory", "nan"], ["--gpu-memory", "-1"]):
         assert main(["plan-memory", "qwen3-4b-dapo", *flags]) == 2
@@ -305,9 +305,9 @@ def test_plan_memory_prints_the_table_and_refuses_the_impossible(capsys):
 
 def test_table_and_summary_say_the_same():
     """Phases of the table's last row and of the line."""
-    found = estimate(QWEN_4B, 80 * GB)
+    needs = estimate(QWEN_4B, 80 * GB)
     totals = next(line for line in table(QWEN_4B, 80 * GB).splitlines() if line.startswith("in all")).split()[2:]
-    assert summary(found, 1).startswith("sample {}, backward {}, step {} GB on 1 x 80 GB".format(*totals))
+    assert summary(needs, 1).startswith("sample {}, backward {}, step {} GB on 1 x 80 GB".format(*totals))
 
 
 def test_flops_by_hand():

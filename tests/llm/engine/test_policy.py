@@ -41,11 +41,11 @@ def test_logprobs_equal_a_plain_forward_pass(policy):
     completions = random_completions(len(OWNER), 0)
     tokens, mask = literal.pad(completions)
     with torch.no_grad():
-        found = completion_logprobs(policy, literal.prompts(policy), torch.tensor(OWNER), tokens, mask)
+        logprobs = completion_logprobs(policy, literal.prompts(policy), torch.tensor(OWNER), tokens, mask)
         for r, (p, completion) in enumerate(zip(OWNER, completions, strict=True)):
             expected = literal.logprobs_of(policy, literal.PROMPTS[p], completion)
-            np.testing.assert_allclose(found[r, : len(completion)], expected, atol=2e-5)
-            assert (found[r, len(completion) :] == 0).all()
+            np.testing.assert_allclose(logprobs[r, : len(completion)], expected, atol=2e-5)
+            assert (logprobs[r, len(completion) :] == 0).all()
 
 
 def test_gradients_through_the_shared_cache_equal_those_of_plain_forward_passes(policy):
@@ -54,15 +54,15 @@ def test_gradients_through_the_shared_cache_equal_those_of_plain_forward_passes(
     tokens, mask = literal.pad(completions)
     weight = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(0))
     (weight * completion_logprobs(policy, literal.prompts(policy), torch.tensor(OWNER), tokens, mask)).sum().backward()
-    found = literal.gradients(policy)
+    gradient_of = literal.gradients(policy)
     policy.model.zero_grad()
     for r, (p, completion) in enumerate(zip(OWNER, completions, strict=True)):
         terms = literal.logprobs_of(policy, literal.PROMPTS[p], completion)
         (weight[r, : len(completion)] * terms).sum().backward()
     expected = literal.gradients(policy)
-    assert found.keys() == expected.keys() == literal.weights(policy).keys()
+    assert gradient_of.keys() == expected.keys() == literal.weights(policy).keys()
     for name in expected:
-        error = (found[name] - expected[name]).norm() / expected[name].norm()
+        error = (gradient_of[name] - expected[name]).norm() / expected[name].norm()
         assert error < 1e-4, f"{name}: {error}"
 
 
@@ -76,11 +76,11 @@ def test_completions_of_one_token_need_no_second_pass(policy):
     """T = 1 is answered from the prompt's last logits."""
     tokens = torch.tensor([[4], [31]])
     with torch.no_grad():
-        found = completion_logprobs(
+        logprobs = completion_logprobs(
             policy, literal.prompts(policy, ["12+3=", "s5="]), torch.tensor([1, 0]), tokens, torch.ones_like(tokens)
         )
         expected = [literal.logprobs_of(policy, p, t.tolist()) for p, t in zip(["s5=", "12+3="], tokens, strict=True)]
-    np.testing.assert_allclose(found, torch.stack(expected), atol=2e-5)
+    np.testing.assert_allclose(logprobs, torch.stack(expected), atol=2e-5)
 
 
 def test_temperature_divides_the_logits(tiny_config):
@@ -97,14 +97,14 @@ def test_success_probability_is_the_sum_of_products_of_token_probabilities(polic
     """Completion and end token, multiplied out, for zero to three accepted completions a prompt, in any chunks."""
     prompts = ["12+3=", "s5=", "7*8=", "d123="]
     accepted = [("15", "?51=15"), ("5",), (), ("6", "7", "?06")]
-    found = success_probability(policy, literal.prompts(policy, prompts), accepted, rows)
+    probabilities = success_probability(policy, literal.prompts(policy, prompts), accepted, rows)
     for p, texts in enumerate(accepted):
         expected = 0.0
         for text in texts:
             completion = [*literal.token_ids(policy, text), policy.tokenizer.eos_token_id]
             with torch.no_grad():
                 expected += literal.logprobs_of(policy, prompts[p], completion).exp().prod().item()
-        assert found[p].item() == pytest.approx(expected, rel=1e-4, abs=1e-12)
+        assert probabilities[p].item() == pytest.approx(expected, rel=1e-4, abs=1e-12)
 
 
 def test_success_probability_is_the_frequency_of_sampled_success(policy):
@@ -178,25 +178,25 @@ def test_rows_alone_and_prompts_shared_score_alike_in_any_chunks(policy, monkeyp
     """Log-probabilities, entropies of the whole distribution, and gradients, as one plain forward pass a row."""
     monkeypatch.setattr(scoring, "CHUNK", chunk)
     completions = random_completions(len(OWNER), 2)
-    found = []
+    results = []
     for logprobs, entropy in both_paths(policy.scorer, policy, completions):
         policy.model.zero_grad()
         assert not entropy.requires_grad
         (logprobs * torch.arange(logprobs.numel()).reshape(logprobs.shape)).sum().backward()
-        found.append((logprobs.detach(), entropy, literal.gradients(policy)))
-    np.testing.assert_allclose(found[0][0], found[1][0], atol=2e-5)
-    np.testing.assert_allclose(found[0][1], found[1][1], atol=2e-5)
-    for name, gradient in found[0][2].items():
-        assert (gradient - found[1][2][name]).norm() < 1e-4 * gradient.norm(), name
+        results.append((logprobs.detach(), entropy, literal.gradients(policy)))
+    np.testing.assert_allclose(results[0][0], results[1][0], atol=2e-5)
+    np.testing.assert_allclose(results[0][1], results[1][1], atol=2e-5)
+    for name, gradient in results[0][2].items():
+        assert (gradient - results[1][2][name]).norm() < 1e-4 * gradient.norm(), name
     for r, (p, completion) in enumerate(zip(OWNER, completions, strict=True)):
         with torch.no_grad():
             expected = literal.logprobs_of(policy, literal.PROMPTS[p], completion)
             ids = torch.tensor([[*literal.token_ids(policy, literal.PROMPTS[p]), *completion]])
             logits = policy.model(ids).logits[0, -len(completion) - 1 : -1] / policy.temperature
-        np.testing.assert_allclose(found[0][0][r, : len(completion)], expected, atol=2e-5)
+        np.testing.assert_allclose(results[0][0][r, : len(completion)], expected, atol=2e-5)
         entropies = torch.distributions.Categorical(logits=logits).entropy()
-        np.testing.assert_allclose(found[0][1][r, : len(completion)], entropies, atol=2e-5)
-        assert (found[0][1][r, len(completion) :] == 0).all()
+        np.testing.assert_allclose(results[0][1][r, : len(completion)], entropies, atol=2e-5)
+        assert (results[0][1][r, len(completion) :] == 0).all()
 
 
 class Largest(TorchDispatchMode):
@@ -241,7 +241,7 @@ def test_logits_of_all_tokens_never_exist(monkeypatch, tiny_config):
 @pytest.mark.parametrize("settings", [{}, {"lora_rank": 2}])
 def test_gradient_checkpointing_changes_memory_and_no_number(tiny_config, settings):
     """The same log-probabilities and gradients, with the layers' activations computed again; sampling still caches."""
-    found = []
+    results = []
     for checkpointing in (False, True):
         policy = load_policy(tiny_config(gradient_checkpointing=checkpointing, **settings))
         calls = []
@@ -252,11 +252,11 @@ def test_gradient_checkpointing_changes_memory_and_no_number(tiny_config, settin
         logprobs.sum().backward()
         assert len(calls) == (4 if checkpointing else 2)
         assert not any(module.training for module in policy.model.modules())
-        found.append((logprobs.detach(), literal.gradients(policy)))
+        results.append((logprobs.detach(), literal.gradients(policy)))
         assert encode(policy, literal.prompts(policy)).cache.get_seq_length() == 9
-    assert torch.equal(found[0][0], found[1][0])
-    for name, gradient in found[0][1].items():
-        assert torch.allclose(gradient, found[1][1][name], rtol=1e-5, atol=1e-7), name
+    assert torch.equal(results[0][0], results[1][0])
+    for name, gradient in results[0][1].items():
+        assert torch.allclose(gradient, results[1][1][name], rtol=1e-5, atol=1e-7), name
 
 
 def test_bfloat16_computes_in_bfloat16_over_float32_weights(tiny_config):
@@ -342,8 +342,8 @@ def test_a_generation_configuration_can_name_further_ends(tiny, tiny_config, tmp
     for ends in (5, [end, 7, 9]):
         tiny.model.generation_config.eos_token_id = ends
         tiny.save(tmp_path / "ends")
-        found = load_policy(tiny_config(model=str(tmp_path / "ends"))).stop_ids.tolist()
-        assert found == sorted({end, *(ends if isinstance(ends, list) else [ends])})
+        ids = load_policy(tiny_config(model=str(tmp_path / "ends"))).stop_ids.tolist()
+        assert ids == sorted({end, *(ends if isinstance(ends, list) else [ends])})
 
 
 def save_random(model, tokenizer, folder):

@@ -22,14 +22,14 @@ def policy(request, tiny_config):
 
 def test_logprobs_of_the_sampler_equal_a_plain_forward_pass(policy):
     """For every row of a ragged batch, also after other rows have ended and were dropped."""
-    found = literal.sample(policy, literal.prompts(policy), COUNTS, 6, seed=0, rows=100)
-    completions = literal.rows(found.tokens_R_T, found.mask_R_T)
+    rollouts = literal.sample(policy, literal.prompts(policy), COUNTS, 6, seed=0, rows=100)
+    completions = literal.rows(rollouts.tokens_R_T, rollouts.mask_R_T)
     assert len({len(c) for c in completions}) >= 4, "the test needs rows of several lengths"
     for r, completion in enumerate(completions):
         with torch.no_grad():
-            expected = literal.logprobs_of(policy, literal.PROMPTS[found.owner_R[r]], completion)
-        np.testing.assert_allclose(found.logprobs_R_T[r, : len(completion)], expected, atol=2e-5)
-        assert (found.logprobs_R_T[r, len(completion) :] == 0).all()
+            expected = literal.logprobs_of(policy, literal.PROMPTS[rollouts.owner_R[r]], completion)
+        np.testing.assert_allclose(rollouts.logprobs_R_T[r, : len(completion)], expected, atol=2e-5)
+        assert (rollouts.logprobs_R_T[r, len(completion) :] == 0).all()
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 16, 100])
@@ -37,26 +37,26 @@ def test_rows_texts_and_flags(tiny_config, rows):
     """Rows stand in plan order, counts[i] of prompt i (none for 0), whatever the chunks; a completion ends at its first
     stop token, which the text leaves out; without one it is truncated and has max_new_tokens tokens."""
     policy = load_policy(tiny_config(stop=","))
-    found = literal.sample(policy, literal.prompts(policy), 3 * COUNTS, 5, seed=3, rows=rows)
-    assert found.owner_R.tolist() == np.repeat(np.arange(5), 3 * COUNTS).tolist()
-    assert found.prompts == literal.prompts(policy)
+    rollouts = literal.sample(policy, literal.prompts(policy), 3 * COUNTS, 5, seed=3, rows=rows)
+    assert rollouts.owner_R.tolist() == np.repeat(np.arange(5), 3 * COUNTS).tolist()
+    assert rollouts.prompts == literal.prompts(policy)
     stop = set(policy.stop_ids.tolist())
-    completions = literal.rows(found.tokens_R_T, found.mask_R_T)
-    for completion, text, cut in zip(completions, found.texts, found.truncated_R.tolist(), strict=True):
+    completions = literal.rows(rollouts.tokens_R_T, rollouts.mask_R_T)
+    for completion, text, cut in zip(completions, rollouts.texts, rollouts.truncated_R.tolist(), strict=True):
         assert cut == (completion[-1] not in stop)
         assert not stop & set(completion[:-1])
         assert len(completion) == 5 if cut else len(completion) <= 5
         assert literal.token_ids(policy, text) == (completion if cut else completion[:-1])
-    assert (found.mask_R_T.diff(dim=1) <= 0).all(), "tokens first, then padding"
-    assert 0 < found.truncated_R.float().mean() < 1
-    assert "" in found.texts, "a completion can end at once"
+    assert (rollouts.mask_R_T.diff(dim=1) <= 0).all(), "tokens first, then padding"
+    assert 0 < rollouts.truncated_R.float().mean() < 1
+    assert "" in rollouts.texts, "a completion can end at once"
 
 
 def test_a_stop_token_in_the_last_place_is_no_truncation(tiny):
     """With one token allowed, exactly the rows that drew the end token are complete."""
-    found = literal.sample(tiny, literal.prompts(tiny, ["r5="]), np.array([400]), 1, seed=0, rows=100)
-    assert found.truncated_R.tolist() == (found.tokens_R_T[:, 0] != tiny.tokenizer.eos_token_id).tolist()
-    assert 0 < found.truncated_R.float().mean() < 1
+    rollouts = literal.sample(tiny, literal.prompts(tiny, ["r5="]), np.array([400]), 1, seed=0, rows=100)
+    assert rollouts.truncated_R.tolist() == (rollouts.tokens_R_T[:, 0] != tiny.tokenizer.eos_token_id).tolist()
+    assert 0 < rollouts.truncated_R.float().mean() < 1
 
 
 def test_the_seed_decides_the_draws(tiny):
@@ -72,13 +72,13 @@ def test_the_seed_decides_the_draws(tiny):
 def test_token_frequencies_follow_the_softmax_at_the_temperature(tiny_config):
     """Chi-square of 20000 first tokens, and of the second tokens after the likeliest first one, at temperature 0.6."""
     policy = load_policy(tiny_config(temperature=0.6))
-    found = literal.sample(
+    rollouts = literal.sample(
         policy, literal.prompts(policy, ["12+3=", "s5="]), np.array([0, 20000]), 2, seed=0, rows=5000
     )
-    first = found.tokens_R_T[:, 0]
+    first = rollouts.tokens_R_T[:, 0]
     top = int(first[first != policy.tokenizer.eos_token_id].mode().values)
     prompt_and_top = "s5=" + policy.tokenizer.decode([top])
-    for drawn, prompt in ((first, "s5="), (found.tokens_R_T[first == top, 1], prompt_and_top)):
+    for drawn, prompt in ((first, "s5="), (rollouts.tokens_R_T[first == top, 1], prompt_and_top)):
         with torch.no_grad():
             logits = encode(policy, literal.prompts(policy, [prompt])).logits_P_V
             expected = literal.log_softmax(policy, logits)[0].exp().double().numpy() * len(drawn)
@@ -100,17 +100,17 @@ def test_draws_depend_on_seed_and_row_only(tiny_config):
     expected = literal.rows(whole.tokens_R_T, whole.mask_R_T)
     assert len({len(row) for row in expected}) > 4, "rows must end at several steps"
     for sampler in samplers.values():
-        found = sampler.sample(prompts, counts, decoding, seed=7)
-        assert torch.equal(found.tokens_R_T, whole.tokens_R_T)
-        assert torch.equal(found.mask_R_T, whole.mask_R_T)
-        assert torch.equal(found.truncated_R, whole.truncated_R)
-        assert found.texts == whole.texts
-        torch.testing.assert_close(found.logprobs_R_T, whole.logprobs_R_T, atol=2e-5, rtol=0)
+        rollouts = sampler.sample(prompts, counts, decoding, seed=7)
+        assert torch.equal(rollouts.tokens_R_T, whole.tokens_R_T)
+        assert torch.equal(rollouts.mask_R_T, whole.mask_R_T)
+        assert torch.equal(rollouts.truncated_R, whole.truncated_R)
+        assert rollouts.texts == whole.texts
+        torch.testing.assert_close(rollouts.logprobs_R_T, whole.logprobs_R_T, atol=2e-5, rtol=0)
     for rows in ([0], [95, 3, 40, 41], list(range(1, 96, 2))):
-        found = samplers[8].sample(prompts, counts, decoding, seed=7, rows=rows)
-        assert literal.rows(found.tokens_R_T, found.mask_R_T) == [expected[r] for r in rows]
-        assert found.texts == [whole.texts[r] for r in rows]
-        assert found.owner_R.tolist() == whole.owner_R[rows].tolist()
+        rollouts = samplers[8].sample(prompts, counts, decoding, seed=7, rows=rows)
+        assert literal.rows(rollouts.tokens_R_T, rollouts.mask_R_T) == [expected[r] for r in rows]
+        assert rollouts.texts == [whole.texts[r] for r in rows]
+        assert rollouts.owner_R.tolist() == whole.owner_R[rows].tolist()
     shorter = samplers[8].sample(prompts, counts, Decoding(4, 1.0), seed=7)
     assert literal.rows(shorter.tokens_R_T, shorter.mask_R_T) == [row[:4] for row in expected]
 
@@ -124,10 +124,10 @@ def test_waiting_rows_take_the_places_of_finished_ones(tiny_config):
     handle = policy.model.model.register_forward_pre_hook(
         lambda _, __, kwargs: widths.append(kwargs["input_ids"].shape), with_kwargs=True
     )
-    found = HFSampler(policy, tiny_config(sample_rows=8)).sample(prompts, counts, Decoding(40, 1.0), seed=7)
+    rollouts = HFSampler(policy, tiny_config(sample_rows=8)).sample(prompts, counts, Decoding(40, 1.0), seed=7)
     handle.remove()
     assert max(rows for rows, _ in widths) <= 8
-    lengths = found.mask_R_T.sum(-1)
+    lengths = rollouts.mask_R_T.sum(-1)
     one_after_another = sum(int(chunk.max()) for chunk in lengths.split(8))
     assert sum(columns == 1 for _, columns in widths) < one_after_another / 1.25
 
@@ -135,11 +135,11 @@ def test_waiting_rows_take_the_places_of_finished_ones(tiny_config):
 def test_uniforms_are_a_function_of_seed_row_and_place():
     """Also for the largest seeds, and whatever other rows and later places are asked for; they lie in [0, 1)."""
     for seed in (0, 2**32 + 5, 2**64 - 1):
-        found = uniforms(seed, np.arange(50), 40)
-        assert found.min() >= 0
-        assert found.max() < 1
-        np.testing.assert_array_equal(uniforms(seed, np.array([49, 3]), 7), found[[49, 3], :7])
-        assert len(np.unique(found)) == found.size
+        numbers = uniforms(seed, np.arange(50), 40)
+        assert numbers.min() >= 0
+        assert numbers.max() < 1
+        np.testing.assert_array_equal(uniforms(seed, np.array([49, 3]), 7), numbers[[49, 3], :7])
+        assert len(np.unique(numbers)) == numbers.size
     assert (uniforms(0, np.arange(2), 3) != uniforms(1, np.arange(2), 3)).all()
 
 
@@ -157,9 +157,9 @@ def test_inversion_of_large_distributions(size):
     u = torch.from_numpy(generator.random(40))
     u[:10] = 0.0
     u[10:20] = 1 - 2.0**-53
-    found = invert_cdf(probs, u)
-    assert (probs.gather(-1, found[:, None]) > 0).all()
-    for row, token, quantile in zip(probs.double().numpy(), found.tolist(), u.tolist(), strict=True):
+    tokens = invert_cdf(probs, u)
+    assert (probs.gather(-1, tokens[:, None]) > 0).all()
+    for row, token, quantile in zip(probs.double().numpy(), tokens.tolist(), u.tolist(), strict=True):
         ends = row.cumsum()
         assert ends[token] - row[token] <= quantile * ends[-1] + 1e-12
         assert quantile * ends[-1] <= ends[token] + 1e-12
@@ -180,8 +180,8 @@ def test_log_distribution_against_a_literal_one():
         (1.0, 1e-6, 0),
         (1.0, 1.0, 99),
     ):
-        found = log_distribution(logits, Decoding(1, temperature, top_p, top_k)).exp().double().numpy()
-        for row, got in zip(logits.double().numpy(), found, strict=True):
+        distribution = log_distribution(logits, Decoding(1, temperature, top_p, top_k)).exp().double().numpy()
+        for row, got in zip(logits.double().numpy(), distribution, strict=True):
             probs = np.exp(row / temperature) / np.exp(row / temperature).sum()
             kept = np.argsort(-probs)[: top_k or None]
             share = probs[kept] / probs[kept].sum()
@@ -209,11 +209,11 @@ def test_evaluation_decoding_draws_from_the_cut_distribution(tiny, tiny_config):
 def test_no_rows_at_all(tiny, tiny_config):
     """A process without a share of the plan gets empty tensors of the right shapes."""
     for counts, rows in ((np.zeros(5, int), None), (COUNTS, [])):
-        found = HFSampler(tiny, tiny_config()).sample(
+        rollouts = HFSampler(tiny, tiny_config()).sample(
             literal.prompts(tiny), counts, Decoding(4, 1.0), seed=0, rows=rows
         )
-        assert found.tokens_R_T.shape == found.logprobs_R_T.shape == (0, 1)
-        assert (found.texts, len(found.owner_R)) == ([], 0)
+        assert rollouts.tokens_R_T.shape == rollouts.logprobs_R_T.shape == (0, 1)
+        assert (rollouts.texts, len(rollouts.owner_R)) == ([], 0)
 
 
 def test_bfloat16_runs_the_model_under_autocast_and_samples_in_float32(tiny_config):

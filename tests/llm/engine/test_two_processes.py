@@ -1,4 +1,4 @@
-"""Two gloo processes on the CPU, sharded by FSDP2, do what one process does: the same rollouts, dealt."""
+"""Two gloo processes on the CPU, sharded by FSDP2, do what one process does: the same rollouts, assigned to two."""
 
 import os
 import socket
@@ -18,7 +18,7 @@ from gdro_llm.config import Config, UsageError
 from gdro_llm.engine.policy import Policy, load_policy
 from gdro_llm.engine.rollouts import Rollouts
 from gdro_llm.engine.workers import (
-    PATIENCE,
+    GROUP_TIMEOUT,
     SINGLE_PROCESS,
     Workers,
     full,
@@ -76,29 +76,29 @@ def two_steps(config: Config, rewards: np.ndarray, rollouts: Rollouts, workers: 
     def step(policy: Policy, optimizer: torch.optim.Optimizer) -> tuple[np.ndarray, dict[str, float]]:
         return update(policy, optimizer, batch, config, workers)
 
-    found: dict = {"gradients": {}}
+    results: dict = {"gradients": {}}
 
     def keep_gradients(*_) -> None:
         named = policy.model.named_parameters()
-        found["gradients"] |= {name: full(p.grad).clone() for name, p in named if p.grad is not None}
+        results["gradients"] |= {name: full(p.grad).clone() for name, p in named if p.grad is not None}
 
     hook = optimizer.register_step_pre_hook(keep_gradients)
-    found["first"] = step(policy, optimizer)
+    results["first"] = step(policy, optimizer)
     hook.remove()
-    found["second"] = step(policy, optimizer)
-    found["weights"] = {name: weight.clone() for name, weight in policy.named_weights()}
-    found["optimizer"] = deepcopy(optimizer_state(optimizer, policy.model.named_parameters(), workers.rank == 0))
+    results["second"] = step(policy, optimizer)
+    results["weights"] = {name: weight.clone() for name, weight in policy.named_weights()}
+    results["optimizer"] = deepcopy(optimizer_state(optimizer, policy.model.named_parameters(), workers.rank == 0))
     policy.save(folder)
     if workers.rank == 0:
-        save_file(found["optimizer"], folder / "optimizer.safetensors")
+        save_file(results["optimizer"], folder / "optimizer.safetensors")
     workers.barrier()
-    found["third"] = step(policy, optimizer)
+    results["third"] = step(policy, optimizer)
     again = load_policy(config, folder, workers)
     optimizer = build_optimizer(again, config)
     load_optimizer_state(optimizer, again.model.named_parameters(), load_file(folder / "optimizer.safetensors"))
-    found["third again"] = step(again, optimizer)
-    found["resumed"] = max(float((a - b).abs().max()) for a, b in zip(each(policy), each(again), strict=True))
-    return found
+    results["third again"] = step(again, optimizer)
+    results["resumed"] = max(float((a - b).abs().max()) for a, b in zip(each(policy), each(again), strict=True))
+    return results
 
 
 def each(policy: Policy):
@@ -118,30 +118,30 @@ def child(rank: int, port: int, folder: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
     workers = start_workers("cpu")
     inputs = torch.load(folder / "inputs.pt", weights_only=False)
-    found = {}
+    results = {}
     for name in names:
         settings, rewards = CASES[name]
         config = Config(**{**inputs["config"], **settings})
-        found[name] = two_steps(config, rewards, inputs["rollouts"], workers, folder / f"two-{name}")
+        results[name] = two_steps(config, rewards, inputs["rollouts"], workers, folder / f"two-{name}")
     policy = load_policy(Config(**inputs["config"]), workers=workers)
     prompts, counts = literal.prompts(policy), np.full(len(literal.PROMPTS), 1 + 3 * rank)
     with whole_weights(policy.scorer):  # the processes draw different numbers of rows: no lockstep
-        found["sampled"] = literal.sample(policy, prompts, counts, 6, seed=rank, rows=4)
-    found["after"] = {name: type(weight).__name__ for name, weight in policy.model.named_parameters()}
+        results["sampled"] = literal.sample(policy, prompts, counts, 6, seed=rank, rows=4)
+    results["after"] = {name: type(weight).__name__ for name, weight in policy.model.named_parameters()}
     rows = np.arange(rank, 5, 2)
-    found["told"] = (
+    results["exchanged"] = (
         workers.gather(f"process {rank}"),
         workers.total(np.array([1.0, rank])).tolist(),
         workers.collect(rows, [10 * int(r) for r in rows], 5),
     )
-    found["patience"] = dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout
-    torch.save(found, folder / f"found-{rank}.pt")
+    results["timeout"] = dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout
+    torch.save(results, folder / f"results-{rank}.pt")
     workers.barrier()
     stop_workers()
 
 
 def run_both(names: list[str], tiny_config, folder: Path) -> tuple[list[dict], dict, Path]:
-    """What two processes find, by rank, what one finds, and where they saved."""
+    """The results of two processes, by rank, those of one, and where they saved."""
     config = tiny_config(batch_size=6, update_tokens=40, learning_rate=1e-2, mean_rollouts=4)
     policy = load_policy(config)
     rollouts = literal.sample(policy, literal.prompts(policy, PROMPTS), COUNTS, 6, seed=0, rows=100)
@@ -153,7 +153,7 @@ def run_both(names: list[str], tiny_config, folder: Path) -> tuple[list[dict], d
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(child, (port, folder, names), nprocs=2)
-    two = [torch.load(folder / f"found-{rank}.pt", weights_only=False) for rank in range(2)]
+    two = [torch.load(folder / f"results-{rank}.pt", weights_only=False) for rank in range(2)]
     one = {
         name: two_steps(
             replace(config, **CASES[name][0]), CASES[name][1], rollouts, SINGLE_PROCESS, folder / f"one-{name}"
@@ -191,8 +191,8 @@ def compare(two: list[dict], one: dict, _: Path, name: str) -> None:
         assert two[rank][name]["gradients"].keys() == one[name]["gradients"].keys()
         for key in ("gradients", "weights"):
             for weight, expected in one[name][key].items():
-                found = two[rank][name][key][weight]
-                assert (found - expected).norm() <= 1e-5 * expected.norm() + 1e-8, (key, weight)
+                weight_of_two = two[rank][name][key][weight]
+                assert (weight_of_two - expected).norm() <= 1e-5 * expected.norm() + 1e-8, (key, weight)
         assert two[rank][name]["resumed"] == 0
     assert not two[1][name]["optimizer"]
     state, expected = two[0][name]["optimizer"], one[name]["optimizer"]
@@ -218,12 +218,12 @@ def test_two_processes_train_like_one_with_reference_and_several_steps(both_slow
 def test_two_processes_in_bfloat16_come_near_one(both_slow, name):
     """Casts fall elsewhere (autocast or FSDP), so gradients agree in direction; resuming is exact."""
     (first, _), one, _ = both_slow
-    found, expected = (
+    of_two, expected = (
         torch.cat([run[name]["gradients"][key].flatten() for key in sorted(one[name]["gradients"])])
         for run in (first, one)
     )
-    assert found.dtype == torch.float32
-    assert torch.nn.functional.cosine_similarity(found, expected, dim=0) > 0.98
+    assert of_two.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(of_two, expected, dim=0) > 0.98
     assert first[name]["resumed"] == 0
     kinds = {weight.dtype for weight in first[name]["weights"].values()}
     assert kinds == ({torch.float32} if name == "bfloat16" else {torch.float32, torch.bfloat16})
@@ -231,24 +231,24 @@ def test_two_processes_in_bfloat16_come_near_one(both_slow, name):
 
 def test_sampling_needs_no_lockstep_and_leaves_the_weights_sharded(both, tiny):
     """Each process draws its own number of rows, the ones that a single process draws with its seed."""
-    for rank, found in enumerate(both[0]):
+    for rank, results in enumerate(both[0]):
         counts = np.full(len(literal.PROMPTS), 1 + 3 * rank)
         expected = literal.sample(tiny, literal.prompts(tiny), counts, 6, seed=rank, rows=4)
-        assert torch.equal(found["sampled"].tokens_R_T, expected.tokens_R_T)
-        assert torch.allclose(found["sampled"].logprobs_R_T, expected.logprobs_R_T, atol=1e-5)
-        assert set(found["after"].values()) == {"DTensor"}
+        assert torch.equal(results["sampled"].tokens_R_T, expected.tokens_R_T)
+        assert torch.allclose(results["sampled"].logprobs_R_T, expected.logprobs_R_T, atol=1e-5)
+        assert set(results["after"].values()) == {"DTensor"}
 
 
-def test_processes_tell_each_other_objects_sums_and_rows(both):
+def test_processes_exchange_objects_sums_and_rows(both):
     """By rank, summed, and in the order of the plan."""
-    for found in both[0]:
-        assert found["told"] == (["process 0", "process 1"], [2.0, 1.0], [0, 10, 20, 30, 40])
+    for results in both[0]:
+        assert results["exchanged"] == (["process 0", "process 1"], [2.0, 1.0], [0, 10, 20, 30, 40])
 
 
 def test_processes_wait_while_one_writes_a_checkpoint(both):
     """Hashing and writing 100 GB takes longer than the ten minutes after which NCCL gives up."""
-    assert [found["patience"] for found in both[0]] == [PATIENCE] * 2
-    assert PATIENCE.total_seconds() >= 3600
+    assert [results["timeout"] for results in both[0]] == [GROUP_TIMEOUT] * 2
+    assert GROUP_TIMEOUT.total_seconds() >= 3600
 
 
 def test_two_processes_save_what_one_saves(both, tiny_config):
@@ -261,22 +261,22 @@ def test_two_processes_save_what_one_saves(both, tiny_config):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_prompts_are_dealt_whole_and_evenly_in_every_minibatch(size):
+def test_prompts_are_assigned_whole_and_evenly_in_every_minibatch(size):
     """A partition of the rows; no process is ahead by more than a prompt; no prompt is divided."""
     rng = np.random.default_rng(0)
     for parts in (1, 2, 4):
         counts = rng.integers(2, 13, 24)
         owner = np.repeat(np.arange(24), counts)
-        dealt = [Workers(rank, size).deal(counts, parts) for rank in range(size)]
-        assert sorted(np.concatenate(dealt).tolist()) == list(range(owner.size))
-        assert all((np.diff(rows) > 0).all() for rows in dealt)
-        assert sum(len(set(owner[rows])) for rows in dealt) == 24
+        assigned = [Workers(rank, size).assign(counts, parts) for rank in range(size)]
+        assert sorted(np.concatenate(assigned).tolist()) == list(range(owner.size))
+        assert all((np.diff(rows) > 0).all() for rows in assigned)
+        assert sum(len(set(owner[rows])) for rows in assigned) == 24
         for part in range(parts):
-            loads = [int((owner[rows] // (24 // parts) == part).sum()) for rows in dealt]
+            loads = [int((owner[rows] // (24 // parts) == part).sum()) for rows in assigned]
             assert max(loads) - min(loads) <= counts.max()
 
 
-def test_one_process_is_alone_without_torchrun(monkeypatch):
+def test_there_is_a_single_process_without_torchrun(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert start_workers("cpu") == SINGLE_PROCESS
     assert SINGLE_PROCESS.gather("x") == ["x"]
@@ -295,7 +295,7 @@ def test_a_group_of_others_is_left_alone():
 
 
 def test_one_process_says_why_a_run_ends(monkeypatch):
-    """The first to ask; alone, or where nobody keeps count, everyone."""
+    """The first one to fail; a single process, or one without a store, always."""
     said = []
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("MASTER_PORT", str(store.port))

@@ -85,15 +85,15 @@ def restored(engine):
 
 def gap(policy, rollouts, temperature):
     """Largest |log-probability of the sampler - of a plain forward pass of the policy|."""
-    policy.temperature, found = temperature, 0.0
+    policy.temperature, greatest = temperature, 0.0
     for r, completion in enumerate(literal.rows(rollouts.tokens_R_T, rollouts.mask_R_T)):
         prompt = policy.tokenizer.decode(rollouts.prompts[rollouts.owner_R[r]])
         with torch.no_grad():
             expected = literal.logprobs_of(policy, prompt, completion)
-        found = max(found, float((rollouts.logprobs_R_T[r, : len(completion)] - expected).abs().max()))
+        greatest = max(greatest, float((rollouts.logprobs_R_T[r, : len(completion)] - expected).abs().max()))
         assert (rollouts.logprobs_R_T[r, len(completion) :] == 0).all()
     policy.temperature = 1.0
-    return found
+    return greatest
 
 
 @needs_vllm
@@ -111,8 +111,8 @@ def test_logprobs_follow_the_policy_through_syncs(restored):
             assert gap(policy, stale, 1.0) > 0.05
             sampler.sync()
         for temperature in (1.0, 0.7):
-            found = sampler.sample(prompts, COUNTS, Decoding(10, temperature), seed=change)
-            assert gap(policy, found, temperature) < 1e-4
+            rollouts = sampler.sample(prompts, COUNTS, Decoding(10, temperature), seed=change)
+            assert gap(policy, rollouts, temperature) < 1e-4
 
 
 @needs_vllm
@@ -127,8 +127,8 @@ def test_a_sync_forgets_cached_prefixes(restored):
                 for parameter in policy.model.model.layers.parameters():
                     parameter *= 0.8
             sampler.sync()
-        found = sampler.sample([prompt], np.array([8]), TRAIN, seed=change)
-        assert gap(policy, found, 1.0) < 1e-4
+        rollouts = sampler.sample([prompt], np.array([8]), TRAIN, seed=change)
+        assert gap(policy, rollouts, 1.0) < 1e-4
 
 
 @needs_vllm
@@ -138,17 +138,17 @@ def test_rows_texts_and_flags(engine):
     policy, sampler = engine
     stop = set(policy.stop_ids.tolist())
     for length in (1, 5):
-        found = sampler.sample(literal.prompts(policy), 20 * COUNTS, Decoding(length, 1.0), seed=3)
-        assert found.owner_R.tolist() == np.repeat(np.arange(5), 20 * COUNTS).tolist()
-        assert found.prompts == literal.prompts(policy)
-        completions = literal.rows(found.tokens_R_T, found.mask_R_T)
-        for completion, text, cut in zip(completions, found.texts, found.truncated_R.tolist(), strict=True):
+        rollouts = sampler.sample(literal.prompts(policy), 20 * COUNTS, Decoding(length, 1.0), seed=3)
+        assert rollouts.owner_R.tolist() == np.repeat(np.arange(5), 20 * COUNTS).tolist()
+        assert rollouts.prompts == literal.prompts(policy)
+        completions = literal.rows(rollouts.tokens_R_T, rollouts.mask_R_T)
+        for completion, text, cut in zip(completions, rollouts.texts, rollouts.truncated_R.tolist(), strict=True):
             assert cut == (completion[-1] not in stop)
             assert not stop & set(completion[:-1])
             assert len(completion) == length if cut else len(completion) <= length
             assert literal.token_ids(policy, text) == (completion if cut else completion[:-1])
         assert {completion[-1] for completion in completions} > stop, "both stop tokens occur"
-        assert 0 < found.truncated_R.float().mean() < 1
+        assert 0 < rollouts.truncated_R.float().mean() < 1
 
 
 @needs_vllm
@@ -163,10 +163,10 @@ def test_draws_depend_on_seed_and_row_only(engine):
     assert literal.rows(other.tokens_R_T, other.mask_R_T) != expected
     assert len(set(map(tuple, expected[:18]))) > 10, "rollouts of a prompt differ"
     for rows in ([0], [95, 3, 40, 41], list(range(1, 96, 2))):
-        found = sampler.sample(prompts, counts, TRAIN, seed=7, rows=rows)
-        assert literal.rows(found.tokens_R_T, found.mask_R_T) == [expected[r] for r in rows]
-        assert found.texts == [whole.texts[r] for r in rows]
-        assert found.owner_R.tolist() == whole.owner_R[rows].tolist()
+        rollouts = sampler.sample(prompts, counts, TRAIN, seed=7, rows=rows)
+        assert literal.rows(rollouts.tokens_R_T, rollouts.mask_R_T) == [expected[r] for r in rows]
+        assert rollouts.texts == [whole.texts[r] for r in rows]
+        assert rollouts.owner_R.tolist() == whole.owner_R[rows].tolist()
     assert sampler.sample(prompts, counts, TRAIN, seed=7, rows=[]).texts == []
 
 

@@ -231,12 +231,12 @@ def with_verl(folder: Path, batches: list[list[Problem]], config: Config, case: 
         done.plans, done.submitted, done.actor_rollout_wg.trained, strict=True
     ):
         first, place_of = np.cumsum(plan.counts) - plan.counts, {uid: i for i, uid in enumerate(submitted)}
-        found = np.full(plan.owner.size, np.nan)
+        of_rows = np.full(plan.owner.size, np.nan)
         for i, (key, tag) in enumerate(zip(keys, tags, strict=True)):
             uid, session, _ = key.split("_")
             if not tag.get("is_padding", False):
-                found[first[place_of[uid]] + int(session)] = data["advantages"][i][0]
-        advantages.append(found)
+                of_rows[first[place_of[uid]] + int(session)] = data["advantages"][i][0]
+        advantages.append(of_rows)
     names = {name for row in log for name in without_prefix(row)}
     return Run(done.plans, advantages, done.controller.state_dict(), names)
 

@@ -105,12 +105,12 @@ def build(kind, model, folder, *, dataset=None, functions=None, settings=None, *
     graded: list = []
 
     def correct(prompts, completions, answer, prompt_id, **_):
-        for prompt, told, name in zip(prompts, answer, prompt_id, strict=True):
-            assert told == prompt[::-1], (prompt, told)
+        for prompt, expected, name in zip(prompts, answer, prompt_id, strict=True):
+            assert expected == prompt[::-1], (prompt, expected)
             assert name == f"test/{_content_hash(prompt)}"
-        found = [reward(*pair) for pair in zip(prompts, completions, strict=True)]
-        graded.extend(zip(prompt_id, found, strict=True))
-        return found
+        rewards = [reward(*pair) for pair in zip(prompts, completions, strict=True)]
+        graded.extend(zip(prompt_id, rewards, strict=True))
+        return rewards
 
     trainer = kind(
         str(model),
@@ -173,17 +173,17 @@ def child(rank: int, port: int, folder: Path, model: Path) -> None:
         "ragged": (Ours, settings, {"controller": controller()}),
         "resumed": (Ours, settings, {"controller": controller()}),
     }
-    found = {}
+    results = {}
     for name, (kind, values, named) in runs.items():
         trainer = build(kind, model, folder / name, settings=values, **named)
         trainer.train(resume_from_checkpoint=str(folder / "ragged" / "checkpoint-2") if name == "resumed" else None)
-        found[name] = result(trainer)
+        results[name] = result(trainer)
     made = controller()
     if rank:
         made.observe(made.plan(["test/other"]), [1, 0, 1, 0])
     with pytest.raises(UsageError, match="same on every process"):
         build(Ours, model, folder / "other", settings=TWO, controller=made).train()
-    torch.save(found, folder / f"found-{rank}.pt")
+    torch.save(results, folder / f"results-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -195,7 +195,7 @@ def two(tmp_path_factory, tiny_model) -> list[dict]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(child, (port, folder, tiny_model), nprocs=2)
-    return [torch.load(folder / f"found-{rank}.pt", weights_only=False) for rank in range(2)]
+    return [torch.load(folder / f"results-{rank}.pt", weights_only=False) for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
@@ -507,9 +507,9 @@ def test_equal_groups_have_the_advantages_of_trl(tiny_model, tmp_path, scale):
     trainer.train()
     [(plan, _)] = trainer.observed
     rewards = np.array([value for _, value in trainer.graded])
-    found = ragged_advantages(rewards, plan, scale)
-    np.testing.assert_allclose(found, trainer.batches[0]["advantages"], rtol=1e-3, atol=1e-6)
-    assert found.any()
+    advantages = ragged_advantages(rewards, plan, scale)
+    np.testing.assert_allclose(advantages, trainer.batches[0]["advantages"], rtol=1e-3, atol=1e-6)
+    assert advantages.any()
 
 
 def test_rows_are_generated_one_by_one_when_groups_are_ragged(tiny_model, tmp_path, monkeypatch):
@@ -550,14 +550,14 @@ def test_an_untested_version_is_named(tiny_model, tmp_path, monkeypatch):
 
 def test_prompt_ids_are_of_source_and_content():
     """A text has the id that the own loop gives it in a file; order does not matter; a conversation has one, too."""
-    found = data()["prompt_id"]
-    assert list(found) == [f"test/{_content_hash(p)}" for p in PROMPTS]
-    assert list(data(PROMPTS[::-1])["prompt_id"]) == list(found)[::-1]
+    ids = data()["prompt_id"]
+    assert list(ids) == [f"test/{_content_hash(p)}" for p in PROMPTS]
+    assert list(data(PROMPTS[::-1])["prompt_id"]) == list(ids)[::-1]
     chats = Dataset.from_dict({"prompt": [[{"role": "user", "content": text}] for text in "ab"]})
     one, two = add_prompt_ids(chats, source="chat")["prompt_id"]
     assert one != two
     stream = IterableDataset.from_generator(lambda: iter([{"prompt": PROMPTS[0]}]))
-    assert next(iter(add_prompt_ids(stream, source="test")))["prompt_id"] == found[0]
+    assert next(iter(add_prompt_ids(stream, source="test")))["prompt_id"] == ids[0]
     repeated = Dataset.from_dict({"prompt": ["a", "b", "a"], "variant": [1, 1, 2]})
     with pytest.raises(UsageError, match="rows 0 and 2 are the same in prompt"):
         add_prompt_ids(repeated, source="x")
@@ -572,8 +572,8 @@ def test_groups_without_a_signal_or_a_verdict_have_no_advantage():
     plan = Plan(("a", "b", "c"), np.full(3, -1), np.ones(3), np.array([2, 3, 4]), 0.0, 0)
     rewards = np.array([1, 1, np.nan, np.nan, np.nan, 0, 1, np.nan, 1.0])
     assert not ragged_advantages(rewards, plan, "batch")[:5].any()
-    found = ragged_advantages(rewards, plan, "none")
-    np.testing.assert_allclose(found, [0, 0, 0, 0, 0, -2 / 3, 1 / 3, 0, 1 / 3])
+    advantages = ragged_advantages(rewards, plan, "none")
+    np.testing.assert_allclose(advantages, [0, 0, 0, 0, 0, -2 / 3, 1 / 3, 0, 1 / 3])
 
 
 def test_only_the_rollout_game_moves_counts():

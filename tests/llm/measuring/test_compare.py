@@ -131,8 +131,8 @@ def test_resamples_have_the_law_of_warm_starts_then_seeds(models):
     for statistic in (statistics.fmean, statistics.median):
         chances: dict[float, float] = {}
         for chance, rows in all_resamples(models):
-            found = round(statistic([values[row] for row in rows]), 9)
-            chances[found] = chances.get(found, 0.0) + chance
+            value = round(statistic([values[row] for row in rows]), 9)
+            chances[value] = chances.get(value, 0.0) + chance
         assert sum(chances.values()) == pytest.approx(1.0)
         points = sorted(chances)
         expected = np.cumsum([chances[point] for point in points])
@@ -145,20 +145,20 @@ def test_resamples_have_the_law_of_warm_starts_then_seeds(models):
 def test_paired_by_hand(values, starts):
     """Quantiles of the resamples' means, wins and losses, and the sign test by counting outcomes of a coin."""
     models = [i % starts for i in range(len(values))]
-    found = paired(np.array(values), models)
+    result = paired(np.array(values), models)
     means = sorted(sum(values[i] for i in rows) / len(rows) for rows in nested_rows(tuple(models), 500))
     for key, level in (("low", 0.025), ("high", 0.975)):
         place = level * (len(means) - 1)
         below = int(place)
         by_hand = means[below] + (place - below) * (means[below + 1] - means[below])
-        assert found[key] == pytest.approx(by_hand, abs=1e-9)
-    assert found["difference"] == pytest.approx(sum(values) / len(values), abs=1e-9)
+        assert result[key] == pytest.approx(by_hand, abs=1e-9)
+    assert result["difference"] == pytest.approx(sum(values) / len(values), abs=1e-9)
     wins, losses = sum(x > 0 for x in values), sum(x < 0 for x in values)
-    assert (found["wins"], found["losses"]) == (wins, losses)
+    assert (result["wins"], result["losses"]) == (wins, losses)
     n = wins + losses
     tail = sum(math.comb(n, i) for i in range(min(wins, losses) + 1)) / 2**n
-    assert found["p"] == pytest.approx(min(1.0, 2 * tail))
-    assert found["evidence"] == (found["p"] <= 0.05 and (found["low"] > 0 or found["high"] < 0))
+    assert result["p"] == pytest.approx(min(1.0, 2 * tail))
+    assert result["evidence"] == (result["p"] <= 0.05 and (result["low"] > 0 or result["high"] < 0))
 
 
 @quick
@@ -179,9 +179,9 @@ def test_the_sign_of_all_differences_turns_everything_round(values, starts):
 @given(gains, st.integers(2, 9))
 def test_equal_differences_have_no_width(gain, seeds):
     """Whatever the warm starts; and no difference at all is no evidence of one."""
-    found = paired(np.full(seeds, gain), [i % 2 for i in range(seeds)])
-    assert [found[key] for key in ("low", "difference", "high")] == pytest.approx([gain] * 3)
-    assert found["evidence"] == (seeds >= 6)
+    result = paired(np.full(seeds, gain), [i % 2 for i in range(seeds)])
+    assert [result[key] for key in ("low", "difference", "high")] == pytest.approx([gain] * 3)
+    assert result["evidence"] == (seeds >= 6)
     none = paired(np.zeros(seeds), [0] * seeds)
     assert none == {
         "difference": 0,
@@ -202,9 +202,9 @@ def test_five_seeds_are_never_evidence_and_eight_of_eight_always(five, eight, wo
     """An exact sign test of five cannot reach .05; p of eight is 1/128."""
     sign = -1 if worse else 1
     assert not paired(sign * np.array(five), [0] * 5)["evidence"]
-    found = paired(sign * np.array(eight), [0, 1, 2, 3] * 2)
-    assert found["evidence"]
-    assert found["p"] == 2 / 2**8
+    result = paired(sign * np.array(eight), [0, 1, 2, 3] * 2)
+    assert result["evidence"]
+    assert result["p"] == 2 / 2**8
     assert not paired(sign * np.array([*eight[:7], -eight[7] / 100]), [0] * 8)["evidence"], "seven of eight: p = .07"
 
 
@@ -216,12 +216,12 @@ def test_under_the_null_evidence_is_rare(spread, most):
     alone differ, in 1/8, when all four fall on one side. The interval alone would err at least twice as often."""
     rng = np.random.default_rng(0)
     models = [0, 1, 2, 3] * 2
-    found = [
+    results = [
         paired_difference(spread * rng.normal(size=4)[models] + rng.normal(size=8), models, resamples=200)
         for _ in range(400)
     ]
-    evidence = np.mean([x["evidence"] for x in found])
-    alone = np.mean([x["low"] > 0 or x["high"] < 0 for x in found])
+    evidence = np.mean([x["evidence"] for x in results])
+    alone = np.mean([x["low"] > 0 or x["high"] < 0 for x in results])
     assert evidence <= most
     assert alone > 2 * evidence or spread > 1
     assert alone > 0.05, "else the sign test would not be needed"
@@ -230,8 +230,8 @@ def test_under_the_null_evidence_is_rare(spread, most):
 def test_a_real_difference_is_found():
     """Two standard deviations of a seed's noise: nearly always with eight seeds."""
     rng = np.random.default_rng(0)
-    found = [paired(2 + rng.normal(size=8), [0, 1, 2, 3] * 2) for _ in range(50)]
-    assert np.mean([x["evidence"] for x in found]) > 0.75
+    results = [paired(2 + rng.normal(size=8), [0, 1, 2, 3] * 2) for _ in range(50)]
+    assert np.mean([x["evidence"] for x in results]) > 0.75
 
 
 @quick
@@ -239,7 +239,7 @@ def test_a_real_difference_is_found():
 def test_medians_may_be_never(ratios):
     """Quantiles of the resamples' medians; JSON has no infinity, so that never is null."""
     models = [i % 2 for i in range(len(ratios))]
-    found = comparison._median(ratios, models)
+    result = comparison._median(ratios, models)
     medians = sorted(statistics.median(ratios[i] for i in rows) for rows in nested_rows(tuple(models), 500))
     by_hand = {
         "median": statistics.median(ratios),
@@ -247,9 +247,9 @@ def test_medians_may_be_never(ratios):
         "high": medians[round(0.975 * 499)],
     }
     for key, value in by_hand.items():
-        assert found[key] == (None if math.isinf(value) else value)
-    assert found["reached"] == sum(x < math.inf for x in ratios)
-    json.dumps(found, allow_nan=False)
+        assert result[key] == (None if math.isinf(value) else value)
+    assert result["reached"] == sum(x < math.inf for x in ratios)
+    json.dumps(result, allow_nan=False)
 
 
 @quick
@@ -257,16 +257,16 @@ def test_medians_may_be_never(ratios):
 def test_rollouts_to_a_level(heights, level, every):
     """The first of many points along the curve at which it is as high; never, if it is at none."""
     spent = [every * i for i in range(len(heights))]
-    found = rollouts_to({"rollouts": spent, "pass": [float(h) for h in heights]}, level)
+    reached = rollouts_to({"rollouts": spent, "pass": [float(h) for h in heights]}, level)
     steps = 840 * (len(heights) - 1) + 1
     grid = np.linspace(0, spent[-1], steps)
     high = np.flatnonzero(np.interp(grid, spent, heights) >= level - 1e-9)
     if not high.size:
-        assert found == math.inf
+        assert reached == math.inf
         return
     spacing = every / 840
-    assert found == pytest.approx(grid[high[0]], abs=spacing + 1e-9)
-    assert np.interp(found, spent, heights) >= level - 1e-9
+    assert reached == pytest.approx(grid[high[0]], abs=spacing + 1e-9)
+    assert np.interp(reached, spent, heights) >= level - 1e-9
 
 
 # ------------------------------------------------------------------------------------------------ from a run's files
@@ -313,8 +313,8 @@ def write_run(folder: Path, *, exact: bool, rng: np.random.Generator) -> dict:
 def test_numbers_of_a_run_by_hand(tmp_path, exact):
     """In percent of the problems, also where success is known from samples only."""
     tests = write_run(tmp_path / "run", exact=exact, rng=np.random.default_rng(0))
-    found = outcomes(RunDirectory(tmp_path / "run"))
-    values, scale = found["values"], 100 if exact else 25
+    result = outcomes(RunDirectory(tmp_path / "run"))
+    values, scale = result["values"], 100 if exact else 25
     for when, prefix in (("start", "start "), ("best", "best "), ("last", ""), ("last", "easy ")):
         assert values[f"{prefix}mean@4"] == pytest.approx(scale * tests[when].mean())
         assert values[f"{prefix}pass@4"] == pytest.approx(90)
@@ -332,9 +332,9 @@ def test_numbers_of_a_run_by_hand(tmp_path, exact):
     assert [values["WSE"], values["Neyman"], values["lead-lag"]] == pytest.approx(
         [sum(wse) / 2, sum(neyman) / 2, -0.375]
     )
-    assert found["curve"]["rollouts"] == [0, 20, 30]
-    assert found["curve"]["pass"] == pytest.approx([50, 54, 59])
-    assert (found["k"], found["rollouts"], found["seconds"]) == (4, 30, 2.8)
+    assert result["curve"]["rollouts"] == [0, 20, 30]
+    assert result["curve"]["pass"] == pytest.approx([50, 54, 59])
+    assert (result["k"], result["rollouts"], result["seconds"]) == (4, 30, 2.8)
 
 
 def test_a_value_that_a_method_has_not_is_left_out():
@@ -345,8 +345,8 @@ def test_a_value_that_a_method_has_not_is_left_out():
         values = {"mean@2": passed, "pass@2": passed, "zero": 0.0, "lead-lag": lead}
         return {"values": values, "curve": curve, "k": 2, "rollouts": 10, "seconds": 1.0}
 
-    found = {("a", s): run(10.0 + s, None) for s in (0, 1)} | {("b", s): run(20.0 + s, -1.0) for s in (0, 1)}
-    result = analyse(found, ["a", "b"], {0: 0, 1: 0})
+    runs = {("a", s): run(10.0 + s, None) for s in (0, 1)} | {("b", s): run(20.0 + s, -1.0) for s in (0, 1)}
+    result = analyse(runs, ["a", "b"], {0: 0, 1: 0})
     assert "lead-lag" not in result["methods"]["a"]
     assert result["methods"]["b"]["lead-lag"] == {"mean": -1.0}
     assert result["methods"]["b"]["pass@2"]["relative"] == pytest.approx(100 * 10 / 10.5)
@@ -452,23 +452,23 @@ def test_the_numbers_are_those_of_the_runs(compared):
     }
     assert len(test["grpo", "last"][0]["success"]) == 50
     for label in LABELS:
-        found = result["methods"][label]
+        entry = result["methods"][label]
         for rate in ("mean@8", "pass@8"):
             for prefix, when in (("", "last"), ("best ", "best"), ("start ", "start")):
                 mine, base = ([100 * row[rate] for row in test[name, when]] for name in (label, "grpo"))
-                assert found[prefix + rate]["mean"] == pytest.approx(sum(mine) / 2)
+                assert entry[prefix + rate]["mean"] == pytest.approx(sum(mine) / 2)
                 if label != "grpo":
                     gap = [x - y for x, y in zip(mine, base, strict=True)]
-                    assert found[prefix + rate]["difference"] == pytest.approx(sum(gap) / 2)
-                    assert found[prefix + rate]["wins"] == sum(x > 0 for x in gap)
+                    assert entry[prefix + rate]["difference"] == pytest.approx(sum(gap) / 2)
+                    assert entry[prefix + rate]["wins"] == sum(x > 0 for x in gap)
                     assert when == "start" or any(gap), "methods must differ for this to tell anything"
-                    assert not found[prefix + rate]["evidence"], "two seeds are no evidence"
+                    assert not entry[prefix + rate]["evidence"], "two seeds are no evidence"
             curves = [[row[rate] for row in run if row["split"] == "validation"] for run in rows[label]]
             area = [100 * (c[0] / 2 + c[1] + c[2] + c[3] / 2) / 3 for c in curves]
-            assert found[f"curve {rate}"]["mean"] == pytest.approx(sum(area) / 2)
-        assert ("difference" in found["pass@8"]) == (label != "grpo")
+            assert entry[f"curve {rate}"]["mean"] == pytest.approx(sum(area) / 2)
+        assert ("difference" in entry["pass@8"]) == (label != "grpo")
         line = next(x for x in lines_of(compared / "comparison.md") if x.startswith(f"| {label} "))
-        assert line.split(" | ")[1].startswith(f"{found['pass@8']['mean']:.1f}")
+        assert line.split(" | ")[1].startswith(f"{entry['pass@8']['mean']:.1f}")
     for when in ("last", "best"):
         for row in test[JOINT, when]:
             p = np.array([*row["success"].values()])
@@ -534,9 +534,9 @@ def test_a_comparison_that_would_mean_nothing_is_refused(compared, capsys, flags
     before = {path: path.stat().st_mtime_ns for path in compared.rglob("*")}
     capsys.readouterr()
     assert main(command(compared, *flags, methods=methods)) == 2
-    found = capsys.readouterr().err
-    assert found.splitlines()[-1].startswith("gdro: error: ")
-    assert message in found
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith("gdro: error: ")
+    assert message in error
     assert {path: path.stat().st_mtime_ns for path in compared.rglob("*")} == before
 
 

@@ -51,13 +51,13 @@ def test_the_files_agree_with_each_other_and_come_again_byte_by_byte(gdro_eval, 
     assert code == 0
     assert sorted(path.name for path in out.iterdir()) == FILES
     before = {name: (out / name).read_bytes() for name in FILES}
-    found = json.loads(before["evaluation.json"])
-    assert found["config"]["eval_samples"] == 6
-    assert found["config"].keys() == set(EVALUATION_KEYS)
-    assert found["data"] == two_sets
-    assert list(found["benchmarks"]) == ["levels", "bare"]
+    saved = json.loads(before["evaluation.json"])
+    assert saved["config"]["eval_samples"] == 6
+    assert saved["config"].keys() == set(EVALUATION_KEYS)
+    assert saved["data"] == two_sets
+    assert list(saved["benchmarks"]) == ["levels", "bare"]
     successes = []
-    for part in found["benchmarks"].values():
+    for part in saved["benchmarks"].values():
         correct = np.array([*part["correct"].values()])
         successes.append(correct)
         assert part["problems"] == len(correct)
@@ -65,9 +65,9 @@ def test_the_files_agree_with_each_other_and_come_again_byte_by_byte(gdro_eval, 
         for k in (1, 2, 4, 6):
             assert part[f"pass@{k}"] == pytest.approx(pass_at_k(correct, 6, k).mean())
             assert part[f"pass@{k}_low"] < part[f"pass@{k}"] < part[f"pass@{k}_high"]
-    assert found["problems"] == 35
-    assert found["mean@6"] == pytest.approx(np.concatenate(successes).mean() / 6)
-    levels, bare = found["benchmarks"].values()
+    assert saved["problems"] == 35
+    assert saved["mean@6"] == pytest.approx(np.concatenate(successes).mean() / 6)
+    levels, bare = saved["benchmarks"].values()
     assert list(levels["by_level"]) == ["level 1", "level 2"]
     assert "by_bin" not in levels
     assert sum(part["problems"] for part in bare["by_bin"].values()) == bare["problems"]
@@ -75,7 +75,7 @@ def test_the_files_agree_with_each_other_and_come_again_byte_by_byte(gdro_eval, 
 
     text = before["evaluation.md"].decode()
     assert text in printed.out
-    for label, part in [*found["benchmarks"].items(), ("all problems", found)]:
+    for label, part in [*saved["benchmarks"].items(), ("all problems", saved)]:
         row = next(line for line in text.splitlines() if line.startswith(f"| {label} "))
         cells = [cell.strip() for cell in row.strip("|").split("|")]
         rates = [
@@ -122,14 +122,14 @@ def test_a_run_directory_is_its_last_checkpoint_with_its_settings(gdro_eval, run
     data = config.test_data
     code, _, out = gdro_eval(data, model=tmp_path / "run", plain=False)
     assert code == 0
-    found = json.loads((out / "evaluation.json").read_text())
-    assert found["checkpoint"] == "checkpoint-000004"
-    assert found["config"] == {key: getattr(config, key) for key in EVALUATION_KEYS}
+    saved = json.loads((out / "evaluation.json").read_text())
+    assert saved["checkpoint"] == "checkpoint-000004"
+    assert saved["config"] == {key: getattr(config, key) for key in EVALUATION_KEYS}
     problems = load_problems(config)[1]
     expected = tabulate(
         literal.score(load_policy(config, tmp_path / "run" / "checkpoint-000004"), problems, config, "test")
     )
-    assert found["benchmarks"]["test"] == expected
+    assert saved["benchmarks"]["test"] == expected
     first = tabulate(literal.score(load_policy(config), problems, config, "test"))
     assert first["correct"] != expected["correct"]
     code, _, out = gdro_eval(data, "--samples", "2", model=tmp_path / "run", out="other", plain=False)
@@ -142,9 +142,9 @@ def test_the_try_out_of_a_newcomer(tmp_path, monkeypatch, capsys):
     assert main(["eval", "embedded", "--data", "cells", "--test-problems", "40", "--samples", "4"]) == 0
     text = capsys.readouterr().out
     assert all(level in text for level in ("easy", "middle", "hard", "runs/eval-embedded/evaluation.json"))
-    found = json.loads((tmp_path / "runs" / "eval-embedded" / "evaluation.json").read_text())["benchmarks"]["cells"]
-    assert found["problems"] == 40
-    assert found["by_level"]["easy"]["mean@4"] > found["by_level"]["hard"]["mean@4"]
+    saved = json.loads((tmp_path / "runs" / "eval-embedded" / "evaluation.json").read_text())["benchmarks"]["cells"]
+    assert saved["problems"] == 40
+    assert saved["by_level"]["easy"]["mean@4"] > saved["by_level"]["hard"]["mean@4"]
 
 
 def test_names_from_files_neither_steer_the_terminal_nor_break_the_table(gdro_eval, two_sets, tmp_path):
@@ -161,10 +161,10 @@ def test_names_from_files_neither_steer_the_terminal_nor_break_the_table(gdro_ev
 
 def test_without_a_run_the_settings_suit_the_data(monkeypatch, tmp_path, two_sets, tiny_model):
     """Those of the preset for embedded data; math, chat and 16 long answers for other sets; flags before both."""
-    found = []
+    configs = []
 
     def stop_here(config, checkpoint):
-        found.append(config)
+        configs.append(config)
         raise KeyboardInterrupt
 
     monkeypatch.setattr("gdro_llm.measuring.eval.load_policy", stop_here)
@@ -177,14 +177,14 @@ def test_without_a_run_the_settings_suit_the_data(monkeypatch, tmp_path, two_set
         (two_sets[0], ["--grader", "number", "--prompt-style", "plain"]),
     ):
         assert main(["eval", str(tiny_model), "--data", data, *flags]) == 130
-    cells, shared, ladder, plain, changed = found
+    cells, shared, ladder, plain, changed = configs
     assert shared == cells
     assert (cells.grader, cells.max_new_tokens, cells.eval_samples, cells.threads) == ("exact", 14, 8, 1)
     assert (ladder.grader, ladder.stop, ladder.trainable_layers) == ("number", "\n", 0)
     assert (plain.grader, plain.prompt_style, plain.max_new_tokens, plain.eval_samples) == ("math", "chat", 4096, 16)
     assert (plain.template, changed.template) == (CHAT_TEMPLATE, BASE_TEMPLATE)
     assert (changed.grader, changed.max_new_tokens) == ("number", 4096)
-    assert {config.model for config in found} == {str(tiny_model)}
+    assert {config.model for config in configs} == {str(tiny_model)}
     assert not (tmp_path / "runs").exists()
 
 

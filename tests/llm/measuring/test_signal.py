@@ -55,10 +55,10 @@ def test_the_split_recovers_signal_and_noise(snr):
     mean = torch.randn(size, generator=generator)
     spread = (2 * mean.square().sum() / (size * snr)).sqrt()  # of a half: the average has half its variance
     halves = mean + spread * torch.randn(batches, 2, size, generator=generator)
-    found = _summary(halves, {"u": 3.0 * mean})
-    assert found["SNR"]["low"] < found["SNR"]["value"] < found["SNR"]["high"]
-    assert found["SNR"]["value"] == pytest.approx(snr, rel=0.05)
-    assert found["cosine with u"]["value"] == pytest.approx(np.sqrt(snr / (1 + snr)), rel=0.03)
+    summary = _summary(halves, {"u": 3.0 * mean})
+    assert summary["SNR"]["low"] < summary["SNR"]["value"] < summary["SNR"]["high"]
+    assert summary["SNR"]["value"] == pytest.approx(snr, rel=0.05)
+    assert summary["cosine with u"]["value"] == pytest.approx(np.sqrt(snr / (1 + snr)), rel=0.03)
 
 
 @pytest.mark.parametrize("settings", [{}, {"loss": "gspo", "minibatches": 2, "passes": 2, "importance_cap": 2.0}])
@@ -103,10 +103,10 @@ def test_the_command_measures_every_method_and_moves_no_weight(tmp_path, capsys)
         "16",
     ]
     assert main(["signal", "quickstart", *flags, "--out", str(tmp_path)]) == 0
-    found = json.loads((tmp_path / "signal.json").read_text())
-    assert list(found["methods"]) == ["grpo", "joint", "mopps", "grpo+reward_noise=0.5"]
-    assert found["methods"]["grpo"] == found["methods"]["joint"] != found["methods"]["mopps"]
-    up = {label: values["cosine with mean@1"]["value"] for label, values in found["methods"].items()}
+    saved = json.loads((tmp_path / "signal.json").read_text())
+    assert list(saved["methods"]) == ["grpo", "joint", "mopps", "grpo+reward_noise=0.5"]
+    assert saved["methods"]["grpo"] == saved["methods"]["joint"] != saved["methods"]["mopps"]
+    up = {label: values["cosine with mean@1"]["value"] for label, values in saved["methods"].items()}
     assert up["grpo"] > 0.2 > up["grpo+reward_noise=0.5"]  # a step goes up, but not where rewards say nothing
     assert (tmp_path / "signal.md").read_text().strip() in capsys.readouterr().out
 
@@ -114,11 +114,11 @@ def test_the_command_measures_every_method_and_moves_no_weight(tmp_path, capsys)
 def test_the_problems_are_those_of_a_run(tmp_path):
     """`train_problems` and `validation_problems` leave the same problems as in training."""
     common = ["--methods", "grpo", "--warm-up", "0", "--batches", "2", "--batch-size", "16", "--out"]
-    found = []
+    results = []
     for name, flags in (("all", []), ("few", ["--train-problems", "16"])):
         assert main(["signal", "quickstart", *common, str(tmp_path / name), *flags]) == 0
-        found.append(json.loads((tmp_path / name / "signal.json").read_text())["methods"])
-    assert found[0] != found[1]
+        results.append(json.loads((tmp_path / name / "signal.json").read_text())["methods"])
+    assert results[0] != results[1]
 
 
 @pytest.mark.parametrize(

@@ -93,14 +93,14 @@ def test_splits_are_disjoint_and_ids_unique_whatever_the_seeds(problems):
     assert not by_split["train"] & by_split["test"]
     assert not by_split["train"] & by_split["validation"]
     assert not by_split["validation"] & by_split["test"]
-    for found in problems.values():
-        assert max(Counter(p.id for p in found).values()) == 1
-        assert max(Counter(p.prompt for p in found).values()) == 1  # a question belongs to one cell
+    for of_split in problems.values():
+        assert max(Counter(p.id for p in of_split).values()) == 1
+        assert max(Counter(p.prompt for p in of_split).values()) == 1  # a question belongs to one cell
 
 
 def test_every_cell_gives_what_its_level_asks():
-    found = cells.cell_problems("train", {"easy": 100, "middle": 60, "hard": 25}, seed=7)
-    assert Counter(p.task for p in found) == {
+    train = cells.cell_problems("train", {"easy": 100, "middle": 60, "hard": 25}, seed=7)
+    assert Counter(p.task for p in train) == {
         c.name: {"easy": 100, "middle": 60, "hard": 25}[c.level] for c in cells.CELLS
     }
     assert len(cells.CELLS) == 25
@@ -170,7 +170,7 @@ def test_tokenizer_survives_saving(tmp_path):
 
 
 def test_everything_fits_the_vocabulary_and_the_stated_lengths(problems):
-    for problem in [problem for found in problems.values() for problem in found]:
+    for problem in [problem for of_split in problems.values() for problem in of_split]:
         assert len(TOKENIZER(problem.prompt).input_ids) <= cells.MAX_PROMPT_LENGTH
         for completion in problem.accepted:
             assert len(TOKENIZER(completion).input_ids) + 1 <= cells.MAX_COMPLETION_LENGTH
@@ -185,9 +185,9 @@ def test_shared_cells_are_the_same_problems_with_one_strategy():
         assert replace(other, strategy=one.strategy) == one
         assert (other.strategy is None) == (one.strategy is None)
     for split in SPLITS:
-        found = [cells.cell_problems(split, dict.fromkeys(cells.LEVELS, 3), 8, testbed) for testbed in (own, shared)]
-        assert [(p.id, p.prompt, p.answer) for p in found[1]] == [(p.id, p.prompt, p.answer) for p in found[0]]
-    hard = [p for p in found[1] if p.level == "hard"]
+        sets = [cells.cell_problems(split, dict.fromkeys(cells.LEVELS, 3), 8, testbed) for testbed in (own, shared)]
+        assert [(p.id, p.prompt, p.answer) for p in sets[1]] == [(p.id, p.prompt, p.answer) for p in sets[0]]
+    hard = [p for p in sets[1] if p.level == "hard"]
     assert all(cells.STRATEGIES[0] in text for p in hard for text in p.accepted if text != p.answer)
 
 

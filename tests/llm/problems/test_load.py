@@ -132,11 +132,11 @@ QUESTIONS = [{"problem": f"What is {i}?", "answer": str(i), "id": f"q/{i}"} for 
         ([{"problem": "a"}], "line 1: needs an 'answer'"),
         ([{"problem": "a", "answer": " "}], "line 1: needs an 'answer'"),
         ([{"answer": "1"}], "line 1: needs a (JSON object|row) with a text 'problem'"),
-        ([QUESTIONS[0], {"problem": "a", "answer": "1", "id": "q/0"}], "line 2: the id 'q/0' stands twice"),
-        ([{"problem": "a", "answer": "1"}] * 2, "line 2: the id 'd/[0-9a-f]{16}' stands twice"),
+        ([QUESTIONS[0], {"problem": "a", "answer": "1", "id": "q/0"}], "line 2: the id 'q/0' occurs twice"),
+        ([{"problem": "a", "answer": "1"}] * 2, "line 2: the id 'd/[0-9a-f]{16}' occurs twice"),
         (
             [{"problem": "a b", "answer": "1", "id": "x"}, {"problem": " a\nb", "answer": "2", "id": "y"}],
-            "line 2: the text of 'y' also stands there as 'x', with the answer '1' instead of '2'",
+            "line 2: the text of 'y' also occurs as 'x', with the answer '1' instead of '2'",
         ),
         ([], "holds no problems"),
     ],
@@ -165,23 +165,23 @@ def test_several_test_sets_keep_their_names(tmp_path):
     one, two = write(tmp_path / "one.jsonl", QUESTIONS[:2]), write(tmp_path / "two.jsonl", QUESTIONS[2:])
     train = write(tmp_path / "train.jsonl", [{"problem": "else", "answer": "1", "subject": "s"}])
     config = Config(data=str(train), test_data=f"{one}, {two},ladder", batch_size=1)
-    found = load_problems(config)
-    assert [p.task for p in found[0]] == ["s"]
-    tasks = [p.task for p in found[1]]
+    loaded = load_problems(config)
+    assert [p.task for p in loaded[0]] == ["s"]
+    tasks = [p.task for p in loaded[1]]
     assert tasks == ["one"] * 2 + ["two"] * 4 + ["ladder"] * (len(tasks) - 6)
-    assert {p.id for p in found[1]} > {p["id"] for p in QUESTIONS}
+    assert {p.id for p in loaded[1]} > {p["id"] for p in QUESTIONS}
     (tmp_path / "else").mkdir()
-    for name, message in (("else/one", "'one' twice"), ("else/three", "id 'q/0' stands in two sets")):
+    for name, message in (("else/one", "'one' twice"), ("else/three", "id 'q/0' occurs in two sets")):
         other = write(tmp_path / f"{name}.jsonl", QUESTIONS[:1])
         with pytest.raises(UsageError, match=message):
             read_sets(f"{one},{other}")
 
 
-def test_problems_of_a_file_that_stand_in_the_test_file_are_an_error(tmp_path):
+def test_problems_of_a_file_that_occur_in_the_test_file_are_an_error(tmp_path):
     """Blanks aside; with an example."""
     train = write(tmp_path / "train.jsonl", [*QUESTIONS[:3], {"problem": "What  is\n4?", "answer": "4"}])
     test = write(tmp_path / "test.jsonl", QUESTIONS[3:])
-    with pytest.raises(UsageError, match=r"1 problems of test_data stand in data too, for example 'What  is\\n4\?'"):
+    with pytest.raises(UsageError, match=r"1 problems of test_data occur in data too, for example 'What  is\\n4\?'"):
         load_problems(Config(data=str(train), test_data=str(test), batch_size=1))
 
 
@@ -308,14 +308,14 @@ def test_flaws_of_a_public_set_are_left_out_and_counted(hub, capsys):
     ]
 
 
-def test_training_problems_of_a_public_set_that_stand_in_a_test_set_are_left_out(hub, tmp_path, monkeypatch, capsys):
+def test_training_problems_of_a_public_set_that_occur_in_a_test_set_are_left_out(hub, tmp_path, monkeypatch, capsys):
     """Counted; the test set stays whole."""
     problems = hub("dapo-math", [{"prompt": f"What is {i}?", "solution": str(i)} for i in range(6)])
     monkeypatch.setattr("gdro_llm.problems.load.read_hub", lambda name, source: problems)
     test = write(tmp_path / "t.jsonl", QUESTIONS[4:])
     train, held_out = load_problems(Config(data="dapo-math", test_data=str(test), batch_size=4))
     assert (train, len(held_out)) == (problems[:4], 2)
-    assert "2 of 6 problems that stand in test_data left out" in capsys.readouterr().out
+    assert "2 of 6 problems that occur in test_data left out" in capsys.readouterr().out
 
 
 def test_a_public_set_that_changed_is_refused(hub):

@@ -112,18 +112,18 @@ TABLE = [  # grader, gold answer, right completions, wrong completions
 @pytest.mark.parametrize(("name", "answer", "right", "wrong"), TABLE)
 def test_graders(name, answer, right, wrong):
     """Right completions in their usual dress give 1.0, near misses 0.0, and nothing raises."""
-    found = {text: GRADERS[name](gold(answer), text) for text in right + wrong}
-    assert found == dict.fromkeys(right, 1.0) | dict.fromkeys(wrong, 0.0)
-    assert all(type(value) is float for value in found.values())
+    rewards = {text: GRADERS[name](gold(answer), text) for text in right + wrong}
+    assert rewards == dict.fromkeys(right, 1.0) | dict.fromkeys(wrong, 0.0)
+    assert all(type(value) is float for value in rewards.values())
 
 
 def test_a_grader_in_workers_gives_what_its_function_gives(grader):
     """In order, for all the rows of the table at once."""
     rows = [(gold(answer), text) for name, answer, *texts in TABLE if name == "math" for part in texts for text in part]
     problems, texts = (list(part) for part in zip(*rows, strict=True))
-    found = grader.grade(problems, texts)
-    assert found.tolist() == [GRADERS["math"](problem, text) for problem, text in rows]
-    assert found.dtype == float
+    rewards = grader.grade(problems, texts)
+    assert rewards.tolist() == [GRADERS["math"](problem, text) for problem, text in rows]
+    assert rewards.dtype == float
     assert grader.grade([], []).shape == (0,)
 
 
@@ -138,8 +138,8 @@ NUMBERS = st.one_of(
 def test_the_short_cut_for_numbers_agrees_with_math_verify(answer, other):
     """Whatever is decided without the computer algebra is decided as by it."""
     for text in (f"\\boxed{{{answer}}}", f"\\boxed{{{other}}}"):
-        found = compare_boxed(answer, text)
-        assert found is None or found == verify_math(answer, text)
+        verdict = compare_boxed(answer, text)
+        assert verdict is None or verdict == verify_math(answer, text)
 
 
 def test_the_last_box():
@@ -213,9 +213,9 @@ def test_completions_that_break_computer_algebra_are_wrong_in_bounded_time(grade
     with Grader(math_config(grade_workers=2, grade_seconds=0.7)) as quick:
         start = time.perf_counter()
         texts = [text for bomb in BOMBS for text in (bomb, r"\boxed{\pi+\pi}")]
-        found = quick.grade([gold(r"2\pi")] * len(texts), texts)
+        rewards = quick.grade([gold(r"2\pi")] * len(texts), texts)
         assert time.perf_counter() - start < 20
-    assert found.tolist() == [0.0, 1.0] * len(BOMBS)
+    assert rewards.tolist() == [0.0, 1.0] * len(BOMBS)
     assert len(capsys.readouterr().out.splitlines()) <= len(BOMBS)
 
 
@@ -274,9 +274,9 @@ def test_a_batch_is_graded_in_seconds(grader):
     forms = [r"so \boxed{36}", r"\boxed{0.75}", r"\boxed{\sqrt{12}}", r"\boxed{1+x^2}", "\\boxed{18}"]
     rows = np.arange(1024) % 5
     start = time.perf_counter()
-    found = grader.grade([gold(answers[i]) for i in rows], ["Thus " * 2000 + forms[i] for i in rows])
+    rewards = grader.grade([gold(answers[i]) for i in rows], ["Thus " * 2000 + forms[i] for i in rows])
     assert time.perf_counter() - start < 10
-    assert found.tolist() == [float(i != 4) for i in rows]
+    assert rewards.tolist() == [float(i != 4) for i in rows]
 
 
 def benchmark(name: str, count: int | None) -> list[Problem]:
@@ -321,8 +321,8 @@ def assert_gold_is_right_and_near_misses_wrong(grader, problems):
         for text in near_misses(p.answer, other.answer)
         if p.answer not in text
     ]
-    found = grader.grade([p for p, _, _ in rows], [text for _, text, _ in rows])
-    failed = [(p.answer, text) for (p, text, right), reward in zip(rows, found, strict=True) if reward != right]
+    rewards = grader.grade([p for p, _, _ in rows], [text for _, text, _ in rows])
+    failed = [(p.answer, text) for (p, text, right), reward in zip(rows, rewards, strict=True) if reward != right]
     assert not failed, failed[:10]
     grader.check_gold(problems)
 

@@ -1,4 +1,4 @@
-"""Checkpoints that cannot be trusted, full disks, runs that are busy or diverge: each is found out and said."""
+"""Checkpoints that cannot be trusted, full disks, runs that are busy or diverge: each is detected and reported."""
 
 import contextlib
 import json
@@ -121,14 +121,14 @@ def test_one_flipped_bit_anywhere_in_a_checkpoint_is_found(finished):
             flip(path, at)
             assert checkpoint.verify_checkpoint(folder) or path.name == "manifest.json", (path, at)
             flip(path, at)
-    found = 0
+    detected = 0
     manifest = folder / "manifest.json"
     places = [match.start() + 10 for match in re.finditer('"sha256": "', manifest.read_text())]
     for at in places:
         flip(manifest, at + 2)
-        found += bool(checkpoint.verify_checkpoint(folder))
+        detected += bool(checkpoint.verify_checkpoint(folder))
         flip(manifest, at + 2)
-    assert found == len(places) >= 6
+    assert detected == len(places) >= 6
 
 
 def test_lost_log_lines_are_noticed(run_config, finished):
@@ -231,8 +231,8 @@ def test_a_loss_that_is_no_number_stops_the_run_before_the_weights_are_spoiled(
     with monkeypatch.context() as patch:
 
         def infinite_in_step_4(*args, **kwargs):
-            found = advantages(*args, **kwargs)
-            return np.full_like(found, np.inf) if next(calls) == 3 else found
+            centred = advantages(*args, **kwargs)
+            return np.full_like(centred, np.inf) if next(calls) == 3 else centred
 
         patch.setattr(batch, "group_advantages", infinite_in_step_4)
         step = torch.optim.AdamW.step
@@ -282,9 +282,9 @@ def test_one_process_at_a_time_trains_in_a_run_directory(run_config, finished, t
 def test_a_run_that_moved_on_while_another_process_loaded_its_model_is_not_rewound(run_config, finished):
     """The checkpoint found before loading must still be the newest when the directory is locked."""
     before = files(finished)
-    for found in (None, finished / "checkpoint-000004"):
+    for newest in (None, finished / "checkpoint-000004"):
         with pytest.raises(UsageError, match="another process trained in"):
-            checkpoint.open_run(finished, run_config(), found, fresh=False)
+            checkpoint.open_run(finished, run_config(), newest, fresh=False)
     assert files(finished) == before
     train(run_config(), finished, resume=True)  # the refusal gave the lock back
 
@@ -361,7 +361,7 @@ def checkpoint_like(full: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor
 
 
 def test_optimizer_state_makes_the_round_trip_by_name(tiny_config):
-    """Into a fresh optimizer whose groups are in another order; what had no state has none; strangers are refused."""
+    """Into a fresh optimizer whose groups are in another order; no state where there was none; unknown names are refused."""
     _, optimizer, named = trained(tiny_config())
     state = optimizer_state(optimizer, named)
     assert {key.split(":")[1] for key in state} == {"step", "exp_avg", "exp_avg_sq"}
@@ -373,8 +373,8 @@ def test_optimizer_state_makes_the_round_trip_by_name(tiny_config):
         assert other.state.get(parameter, {}).keys() == optimizer.state.get(parameter, {}).keys()
         for key, value in optimizer.state.get(parameter, {}).items():
             assert torch.equal(other.state[parameter][key], value)
-    with pytest.raises(UsageError, match="optimizer state of stranger, which this model does not train"):
-        load_optimizer_state(other, named, {**state, "stranger:step": torch.tensor(1.0)})
+    with pytest.raises(UsageError, match="optimizer state of unknown, which this model does not train"):
+        load_optimizer_state(other, named, {**state, "unknown:step": torch.tensor(1.0)})
     name = named[1][0]
     with pytest.raises(UsageError, match=rf"exp_avg of {name} has shape \(3,\)"):
         load_optimizer_state(other, named, {**state, f"{name}:exp_avg": torch.zeros(3)})
@@ -406,9 +406,9 @@ def test_optimizer_state_of_two_processes_is_that_of_one_and_loads_either_way(ti
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
     gathered, again, held = torch.load(tmp_path / "0.pt", weights_only=True)
     assert held < 0.6 * sum(parameter.numel() for _, parameter in named[1:])
-    for found in (gathered, again):
-        assert found.keys() == alone.keys()
-        assert all(torch.equal(found[key], alone[key]) for key in alone)
+    for tensors in (gathered, again):
+        assert tensors.keys() == alone.keys()
+        assert all(torch.equal(tensors[key], alone[key]) for key in alone)
 
 
 def test_eight_bit_moments_make_the_round_trip_bit_for_bit():

@@ -34,13 +34,13 @@ def by_hand(correct, n):
     columns = {f"mean@{n}": [c / n for c in correct]}
     for k in (1, 2, 4, n):
         columns[f"pass@{k}"] = [1 - comb(n - c, k) / comb(n, k) for c in correct]
-    found = {"problems": len(correct)}
+    rates = {"problems": len(correct)}
     for name, values in columns.items():
         size = len(values)
-        found[name] = sum(values) / size
-        squares = sum((v - found[name]) ** 2 for v in values)
-        found[f"{name}_se"] = (squares / (size - 1) / size) ** 0.5 if size > 1 else None
-    return found
+        rates[name] = sum(values) / size
+        squares = sum((v - rates[name]) ** 2 for v in values)
+        rates[f"{name}_se"] = (squares / (size - 1) / size) ** 0.5 if size > 1 else None
+    return rates
 
 
 def scores_of(correct_P_N, levels=None) -> Scores:
@@ -56,7 +56,7 @@ def test_rates_by_level_and_task_equal_those_counted_by_hand(run_config):
     config = run_config(eval_samples=6)
     problems = load_problems(config)[1]
     policy = load_policy(config)
-    found = literal.evaluate(policy, problems, config)
+    table_of = literal.evaluate(policy, problems, config)
     drawn = literal.sample(
         policy,
         literal.prompts(policy, [p.prompt for p in problems]),
@@ -71,21 +71,21 @@ def test_rates_by_level_and_task_equal_those_counted_by_hand(run_config):
     assert 0 < sum(correct) < 6 * len(problems)
     for kind, parts in (("by_level", "level"), ("by_task", "task")):
         names = {getattr(p, parts) for p in problems}
-        assert found[kind].keys() == names
+        assert table_of[kind].keys() == names
         for name in names:
             mine = [i for i, p in enumerate(problems) if getattr(p, parts) == name]
             expected = by_hand([correct[i] for i in mine], 6)
-            assert {key: found[kind][name][key] for key in expected} == pytest.approx(expected)
+            assert {key: table_of[kind][name][key] for key in expected} == pytest.approx(expected)
     whole = by_hand(correct, 6)
-    assert {key: found[key] for key in whole} == pytest.approx(whole)
-    rates = {key for key in found if "@" in key and key.count("_") == 0}
+    assert {key: table_of[key] for key in whole} == pytest.approx(whole)
+    rates = {key for key in table_of if "@" in key and key.count("_") == 0}
     assert rates == {"mean@6", "pass@1", "pass@2", "pass@4", "pass@6"}
-    assert all(found[f"{rate}_low"] < found[rate] < found[f"{rate}_high"] for rate in rates)
-    assert found["correct"] == {problem.id: c for problem, c in zip(problems, correct, strict=True)}
-    assert found["completion_length"] == drawn.mask_R_T.sum().item() / len(drawn.texts)
-    assert found["truncated_share"] == drawn.truncated_R.double().mean().item()
-    json.dumps(found, allow_nan=False)
-    assert found == literal.evaluate(policy, problems, config)
+    assert all(table_of[f"{rate}_low"] < table_of[rate] < table_of[f"{rate}_high"] for rate in rates)
+    assert table_of["correct"] == {problem.id: c for problem, c in zip(problems, correct, strict=True)}
+    assert table_of["completion_length"] == drawn.mask_R_T.sum().item() / len(drawn.texts)
+    assert table_of["truncated_share"] == drawn.truncated_R.double().mean().item()
+    json.dumps(table_of, allow_nan=False)
+    assert table_of == literal.evaluate(policy, problems, config)
 
 
 def test_runs_are_compared_on_the_same_draws_of_the_seed(run_config):
@@ -99,9 +99,9 @@ def test_runs_are_compared_on_the_same_draws_of_the_seed(run_config):
 
 def test_one_problem_has_no_standard_error(run_config):
     """None instead of a NaN that JSON cannot hold."""
-    found = literal.evaluate(load_policy(run_config()), load_problems(run_config())[1][:1], run_config())
-    assert found["mean@4_se"] is found["mean@4_low"] is found["pass@4_high"] is None
-    assert found["problems"] == 1
+    rates = literal.evaluate(load_policy(run_config()), load_problems(run_config())[1][:1], run_config())
+    assert rates["mean@4_se"] is rates["mean@4_low"] is rates["pass@4_high"] is None
+    assert rates["problems"] == 1
 
 
 @pytest.mark.parametrize("change", [{"grader": "number"}, {"stop": "="}])  # eval_top_p, eval_top_k: refused so far
@@ -117,13 +117,13 @@ def test_sampled_rates_of_the_shipped_model_agree_with_the_exact_ones(embedded):
     """mean@8 and pass@8 per level lie within 4 standard errors of the exact ones, which are the literal sums."""
     config = Config(threads=1, device="cpu", seed=3)
     problems = cell_problems("test", {"easy": 10, "middle": 10, "hard": 10}, seed=5)
-    found = literal.evaluate(embedded, problems, config)
+    rates = literal.evaluate(embedded, problems, config)
     p = success_probability(
         embedded, literal.prompts(embedded, [x.prompt for x in problems]), [x.accepted for x in problems], 64
     ).numpy()
     for level in ("easy", "middle", "hard"):
         mine = np.array([x.level == level for x in problems])
-        table = found["by_level"][level]
+        table = rates["by_level"][level]
         assert table["exact_mean@8"] == pytest.approx(p[mine].mean(), rel=1e-5)
         assert table["exact_pass@8"] == pytest.approx((1 - (1 - p[mine]) ** 8).mean(), rel=1e-5)
         solved = 1 - (1 - p[mine]) ** 8
@@ -133,7 +133,7 @@ def test_sampled_rates_of_the_shipped_model_agree_with_the_exact_ones(embedded):
         )
         assert abs(table["mean@8"] - table["exact_mean@8"]) < 4 * noise[0] + 1e-3
         assert abs(table["pass@8"] - table["exact_pass@8"]) < 4 * noise[1] + 1e-3
-    levels = [found["by_level"][level]["exact_mean@8"] for level in ("easy", "middle", "hard")]
+    levels = [rates["by_level"][level]["exact_mean@8"] for level in ("easy", "middle", "hard")]
     assert levels == sorted(levels, reverse=True)
     problem = problems[-1]
     expected = 0.0
@@ -264,23 +264,23 @@ def test_bins_by_the_same_samples_would_lie_and_bins_by_the_other_half_do_not():
 def test_halves_use_every_sample_once():
     """By hand: of 3 samples the first chooses the bin, the other two are reported, with their lengths."""
     scores = scores_of([[1, 0, 0], [1, 1, 1], [0, 1, 0]])
-    found = by_own_pass_rate(scores)
-    assert list(found) == ["0–25 %", "75–100 %"]
-    assert (found["0–25 %"]["mean@2"], found["0–25 %"]["pass@2"]) == (0.5, 1)
-    assert (found["75–100 %"]["mean@2"], found["75–100 %"]["pass@2"]) == (0.5, 0.5)
+    by_bin = by_own_pass_rate(scores)
+    assert list(by_bin) == ["0–25 %", "75–100 %"]
+    assert (by_bin["0–25 %"]["mean@2"], by_bin["0–25 %"]["pass@2"]) == (0.5, 1)
+    assert (by_bin["75–100 %"]["mean@2"], by_bin["75–100 %"]["pass@2"]) == (0.5, 0.5)
 
 
 def test_bins_of_given_pass_rates():
     """Equal bins, hardest first, the edge in the upper one, 1 in the last, empty ones left out."""
     scores = scores_of([[1, 0], [0, 0], [1, 1], [0, 1]])
-    found = _by_bin(scores, np.array([1.0, 0.0, 0.1, 0.95]), 10)
-    assert [(name, part["problems"]) for name, part in found.items()] == [
+    by_bin = _by_bin(scores, np.array([1.0, 0.0, 0.1, 0.95]), 10)
+    assert [(name, part["problems"]) for name, part in by_bin.items()] == [
         ("0–10 %", 1),
         ("10–20 %", 1),
         ("90–100 %", 2),
     ]
-    assert found["10–20 %"]["mean@2"] == 1
-    assert found["90–100 %"]["mean@2"] == 0.5
+    assert by_bin["10–20 %"]["mean@2"] == 1
+    assert by_bin["90–100 %"]["mean@2"] == 0.5
     for bad in ([0.5] * 3, [0.5, 0.5, 0.5, 1.1], [0.5, 0.5, 0.5, np.nan]):
         with pytest.raises(ValueError, match=r"pass_rates_P must hold 4 numbers in \[0, 1\]"):
             _by_bin(scores, np.array(bad), 10)
@@ -306,11 +306,11 @@ def test_exact_evaluation_equals_the_exact_rates_of_a_sampled_one(embedded):
     problems = cell_problems("test", {"easy": 1, "middle": 1, "hard": 2}, seed=8)
     config = Config(threads=1, device="cpu", eval_samples=4)
     sampled = literal.evaluate(embedded, problems, config)
-    found = evaluation.evaluate(embedded, problems, replace(config, eval_exact=True), None, None)
-    assert list(found["success"]) == [problem.id for problem in problems]
-    p = np.array([*found["success"].values()])
+    table = evaluation.evaluate(embedded, problems, replace(config, eval_exact=True), None, None)
+    assert list(table["success"]) == [problem.id for problem in problems]
+    p = np.array([*table["success"].values()])
     for kind, level in [("", ""), *(("by_level", x) for x in sampled["by_level"]), ("by_task", problems[0].task)]:
-        one, other = ((x[kind][level] if kind else x) for x in (found, sampled))
+        one, other = ((x[kind][level] if kind else x) for x in (table, sampled))
         assert one["problems"] == other["problems"]
         for rate in ("mean@4", "pass@4"):
             assert one[rate] == pytest.approx(other[f"exact_{rate}"], rel=1e-12)
@@ -320,6 +320,6 @@ def test_exact_evaluation_equals_the_exact_rates_of_a_sampled_one(embedded):
             assert one[f"pass@{k}"] == pytest.approx(np.mean(passed))
             if len(rows) > 1:
                 assert one[f"pass@{k}_se"] == pytest.approx(np.std(passed, ddof=1) / np.sqrt(len(rows)))
-    assert found["by_level"].keys() == sampled["by_level"].keys()
-    assert found["by_task"].keys() == sampled["by_task"].keys()
-    assert found["by_task"][problems[0].task]["mean@4_se"] is None, "one problem has no standard error"
+    assert table["by_level"].keys() == sampled["by_level"].keys()
+    assert table["by_task"].keys() == sampled["by_task"].keys()
+    assert table["by_task"][problems[0].task]["mean@4_se"] is None, "one problem has no standard error"

@@ -36,26 +36,26 @@ groups = st.lists(
 )
 
 
-def flat(found: list[list[float]]) -> tuple[np.ndarray, np.ndarray]:
-    return np.concatenate(found), np.repeat(np.arange(len(found)), [len(group) for group in found])
+def flat(groups: list[list[float]]) -> tuple[np.ndarray, np.ndarray]:
+    return np.concatenate(groups), np.repeat(np.arange(len(groups)), [len(group) for group in groups])
 
 
 @given(groups, st.booleans(), st.randoms())
-def test_advantages_equal_a_loop_over_groups_in_any_row_order(found, scale, random):
+def test_advantages_equal_a_loop_over_groups_in_any_row_order(rewards_of_groups, scale, random):
     """Eq. 3 per group, whatever the sizes and wherever the rows stand."""
-    rewards, owner = flat(found)
+    rewards, owner = flat(rewards_of_groups)
     order = list(range(len(rewards)))
     random.shuffle(order)
     got = group_advantages(rewards[order], owner[order], scale=scale)
-    spread = np.array([np.ptp(group) for group in found])[owner[order]]
+    spread = np.array([np.ptp(group) for group in rewards_of_groups])[owner[order]]
     clear = (spread == 0) | (spread > 1e-6)  # between them it is a matter of rounding
     np.testing.assert_allclose(got[clear], literal.advantages(rewards, owner, scale)[order][clear], atol=1e-6)
 
 
 @given(groups, st.booleans())
-def test_advantages_of_a_group_sum_to_zero_and_are_bounded(found, scale):
+def test_advantages_of_a_group_sum_to_zero_and_are_bounded(rewards_of_groups, scale):
     """Sum 0 per group; scaled ones have at most unit mean square."""
-    rewards, owner = flat(found)
+    rewards, owner = flat(rewards_of_groups)
     got = group_advantages(rewards, owner, scale=scale)
     np.testing.assert_allclose(np.bincount(owner, got), 0.0, atol=1e-6)
     assert (np.bincount(owner, got**2) / np.bincount(owner) <= 1 + 1e-9).all()
@@ -118,9 +118,9 @@ def test_gradient_is_policy_gradient_at_ratio_one_and_stops_on_one_side_only(adv
 
 
 @given(groups, st.booleans(), st.integers(0, 2**32 - 1))
-def test_rollouts_left_out_count_neither_in_mean_nor_in_deviation(found, scale, seed):
+def test_rollouts_left_out_count_neither_in_mean_nor_in_deviation(rewards_of_groups, scale, seed):
     """The others' advantages are those without them, whatever reward they hold; they themselves get 0."""
-    rewards, owner = flat(found)
+    rewards, owner = flat(rewards_of_groups)
     included = np.random.default_rng(seed).random(len(rewards)) < 0.6  # often whole groups are left out
     got = group_advantages(np.where(included, rewards, np.nan), owner, scale=scale, included_R=included)
     assert (got[~included] == 0).all()
@@ -188,18 +188,18 @@ def test_loss_and_gradient_equal_a_loop_over_sequences_and_tokens(kind):
     (gradient,) = torch.autograd.grad(loss, new)
 
     slow = data["new"].detach().clone().requires_grad_()
-    found = []
+    slow_losses = []
     for r, length in enumerate(data["mask"].sum(-1).tolist()):
         row = [slow[r, t] for t in range(length)]
-        found.append(
+        slow_losses.append(
             literal.token_losses(kind, row, data["old"][r, :length].tolist(), float(data["advantages"][r]), LOW, HIGH)
         )
         np.testing.assert_allclose(
             losses[r].detach(),
-            [torch.as_tensor(x, dtype=torch.float64).item() for x in found[-1]] + [0.0] * (7 - length),
+            [torch.as_tensor(x, dtype=torch.float64).item() for x in slow_losses[-1]] + [0.0] * (7 - length),
             rtol=1e-9,
         )
-    expected = literal.batch_loss(kind, found, LONGEST)
+    expected = literal.batch_loss(kind, slow_losses, LONGEST)
     (expected_gradient,) = torch.autograd.grad(expected, slow)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-6, atol=1e-12)
@@ -508,8 +508,8 @@ def completions(logits: torch.Tensor, table: dict) -> torch.Tensor:
 
 
 def pass_rates(table: dict, logits=START) -> np.ndarray:
-    found = completions(torch.tensor(logits, dtype=torch.float64), table).sum(-1).exp().numpy()
-    return found @ (np.array(table["reward"]) == 1)
+    probabilities = completions(torch.tensor(logits, dtype=torch.float64), table).sum(-1).exp().numpy()
+    return probabilities @ (np.array(table["reward"]) == 1)
 
 
 def expected_gradient(

@@ -28,10 +28,10 @@ def test_completions_belong_to_the_prompts_of_their_rows(cold):
     problems = [Problem(f"r/{d}", f"r{d}=", d[::-1]) for d in DIGITS]
     counts = np.random.default_rng(0).integers(0, 7, len(problems))
     owner = np.repeat(np.arange(len(problems)), counts)
-    found = literal.sample(cold, literal.prompts(cold, [p.prompt for p in problems]), counts, 14, seed=0, rows=17)
+    rollouts = literal.sample(cold, literal.prompts(cold, [p.prompt for p in problems]), counts, 14, seed=0, rows=17)
     exact = GRADERS["exact"]
-    right = [exact(problems[p], text) for p, text in zip(owner, found.texts, strict=True)]
-    shifted = [exact(problems[(p + 1) % len(problems)], text) for p, text in zip(owner, found.texts, strict=True)]
+    right = [exact(problems[p], text) for p, text in zip(owner, rollouts.texts, strict=True)]
+    shifted = [exact(problems[(p + 1) % len(problems)], text) for p, text in zip(owner, rollouts.texts, strict=True)]
     assert np.mean(right) > 0.9
     assert np.mean(shifted) == 0.0
 
@@ -58,10 +58,10 @@ def test_the_controller_credits_each_id_with_its_own_rewards(cold, run_config, t
     plans, build = [], trainer.build_controller
 
     def spied(config):
-        found = build(config)
-        observe = found.observe
-        found.observe = lambda plan, rewards: (plans.append(plan), observe(plan, rewards))[1]
-        return found
+        controller = build(config)
+        observe = controller.observe
+        controller.observe = lambda plan, rewards: (plans.append(plan), observe(plan, rewards))[1]
+        return controller
 
     monkeypatch.setattr(trainer, "build_controller", spied)
     train(config, tmp_path / "run")
@@ -81,14 +81,14 @@ def test_summary_of_a_step(tiny):
     counts, weights = np.array([2, 4, 3]), np.array([1.0, 0.5, 2.0])
     owner = np.repeat(np.arange(3), counts)
     rollouts = literal.sample(tiny, literal.prompts(tiny, ["12+3=", "r5=", "7*8="]), counts, 6, seed=0, rows=100)
-    found = summarise(np.array([1, 1, 0, 0, 1, 0, 0, 0, 0.0]), owner, weights, rollouts, SINGLE_PROCESS)
-    assert found["reward"] == pytest.approx((1 + 0.25 + 0) / 3)
-    assert found["weighted_reward"] == pytest.approx((1 + 0.5 * 0.25) / 3.5)
-    assert [found[f"{name}_share"] for name in ("all_correct", "all_wrong", "mixed")] == pytest.approx([1 / 3] * 3)
+    metrics = summarise(np.array([1, 1, 0, 0, 1, 0, 0, 0, 0.0]), owner, weights, rollouts, SINGLE_PROCESS)
+    assert metrics["reward"] == pytest.approx((1 + 0.25 + 0) / 3)
+    assert metrics["weighted_reward"] == pytest.approx((1 + 0.5 * 0.25) / 3.5)
+    assert [metrics[f"{name}_share"] for name in ("all_correct", "all_wrong", "mixed")] == pytest.approx([1 / 3] * 3)
     tokens = int(rollouts.mask_R_T.sum())
-    assert found["entropy"] == pytest.approx(-float(rollouts.logprobs_R_T.sum()) / tokens, rel=1e-5)
-    assert found["completion_length"] == pytest.approx(tokens / 9)
-    assert found["truncated_share"] == pytest.approx(float(rollouts.truncated_R.float().mean()))
+    assert metrics["entropy"] == pytest.approx(-float(rollouts.logprobs_R_T.sum()) / tokens, rel=1e-5)
+    assert metrics["completion_length"] == pytest.approx(tokens / 9)
+    assert metrics["truncated_share"] == pytest.approx(float(rollouts.truncated_R.float().mean()))
 
 
 def test_the_shipped_model_is_where_the_package_says():

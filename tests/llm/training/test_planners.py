@@ -12,7 +12,7 @@ IDS = [f"p{i}" for i in range(64)]
 P = np.linspace(0.02, 0.98, len(IDS))
 
 
-def taught(*controllers: GDROController, steps: int = 6) -> list[GDROController]:
+def trained(*controllers: GDROController, steps: int = 6) -> list[GDROController]:
     """Controllers that saw the same rewards of the first one's plans, `steps` times."""
     rng = np.random.default_rng(0)
     for _ in range(steps):
@@ -30,36 +30,38 @@ def build(name: str, **settings) -> GDROController:
 def twin(name: str, **settings) -> tuple[GDROController, GDROController]:
     """The recommended controller and another one, in the same state."""
     recommended = "recommended-rollout" if name.endswith("rollout") else "recommended"
-    real, other = taught(build(recommended), build(name, **settings))
+    real, other = trained(build(recommended), build(name, **settings))
     return real, other
 
 
-def test_the_null_deals_the_same_pairs_to_random_prompts():
-    """Same (weight, count) pairs and total, in every step anew; of the difficulty they say nothing."""
+def test_the_null_gives_the_same_pairs_to_random_prompts():
+    """The same (weight, count) pairs and total, permuted anew in every step: they do not depend on difficulty."""
     real, null = twin("null")
-    rng, told, untold, orders = np.random.default_rng(1), [], [], set()
+    rng, informed, permuted, orders = np.random.default_rng(1), [], [], set()
     for _ in range(60):
-        plan, dealt = real.plan(IDS), null.plan(IDS)
-        assert (dealt.ids, dealt.price, dealt.step) == (plan.ids, plan.price, plan.step)
-        pairs, got = (sorted(zip(x.weights, x.counts, strict=True)) for x in (plan, dealt))
+        plan, null_plan = real.plan(IDS), null.plan(IDS)
+        assert (null_plan.ids, null_plan.price, null_plan.step) == (plan.ids, plan.price, plan.step)
+        pairs, got = (sorted(zip(x.weights, x.counts, strict=True)) for x in (plan, null_plan))
         assert got == pairs
-        assert dealt.counts @ dealt.weights == pytest.approx(len(plan.owner))
-        for x, found in ((plan, told), (dealt, untold)):
-            found.append((np.corrcoef(x.counts, P)[0, 1], np.corrcoef(x.weights, P)[0, 1]))
-        orders.add(dealt.counts.tobytes())
+        assert null_plan.counts @ null_plan.weights == pytest.approx(len(plan.owner))
+        for x, correlations in ((plan, informed), (null_plan, permuted)):
+            correlations.append((np.corrcoef(x.counts, P)[0, 1], np.corrcoef(x.weights, P)[0, 1]))
+        orders.add(null_plan.counts.tobytes())
         rewards = rng.random(len(plan.owner)) < P[plan.owner]
         for controller in (real, null):  # of the real plan: their states stay the same
             controller.observe(plan, rewards)
-    assert (np.mean(told, axis=0) < -0.5).all(), "the real plan must follow difficulty for this to tell anything"
-    assert (abs(np.mean(untold, axis=0)) < 4 / np.sqrt(60 * len(IDS))).all()
+    assert (np.mean(informed, axis=0) < -0.5).all(), (
+        "the real plan must follow difficulty for this test to mean anything"
+    )
+    assert (abs(np.mean(permuted, axis=0)) < 4 / np.sqrt(60 * len(IDS))).all()
     assert len(orders) > 50
 
 
-def test_the_same_step_is_dealt_the_same_way():
+def test_the_same_step_is_permuted_the_same_way():
     """Planning draws from (seed, step) only."""
-    (null,) = taught(build("null"))
+    (null,) = trained(build("null"))
     assert null.plan(IDS).counts.tolist() == null.plan(IDS).counts.tolist()
-    (other,) = taught(build("null", seed=1))
+    (other,) = trained(build("null", seed=1))
     assert null.plan(IDS).counts.tolist() != other.plan(IDS).counts.tolist()
 
 
@@ -68,30 +70,30 @@ def test_the_same_step_is_dealt_the_same_way():
 def test_rollouts_as_weights(name, aggregation):
     """Uniform counts; a prompt's weight is the plan's, times the factor that its counts would bring: n w_n, or w_n."""
     real, implicit = twin(name, aggregation=aggregation)
-    plan, found = real.plan(IDS), implicit.plan(IDS)
-    assert np.ptp(plan.counts) > 2, "the counts must be ragged for this to tell anything"
-    assert found.counts.tolist() == [4] * len(IDS)
+    plan, uniform = real.plan(IDS), implicit.plan(IDS)
+    assert np.ptp(plan.counts) > 2, "the counts must be ragged for this test to mean anything"
+    assert uniform.counts.tolist() == [4] * len(IDS)
     p = real.classifier.pass_rate(IDS)
     pulls = [w * gradient_weight([n], q)[0] for w, n, q in zip(plan.weights, plan.counts, p, strict=True)]
     if aggregation == "rollout":
         pulls = [n * pull for n, pull in zip(plan.counts, pulls, strict=True)]
-    pulled = [w * gradient_weight([4], q)[0] for w, q in zip(found.weights, p, strict=True)]
+    pulled = [w * gradient_weight([4], q)[0] for w, q in zip(uniform.weights, p, strict=True)]
     np.testing.assert_allclose(np.array(pulled) / np.sum(pulled), np.array(pulls) / np.sum(pulls), rtol=1e-12)
-    assert found.weights.mean() == pytest.approx(1.0)
+    assert uniform.weights.mean() == pytest.approx(1.0)
     assert (plan.weights == 1).all() == (name == "implicit-rollout")
 
 
 def test_mopps_takes_the_quarter_of_the_candidates_whose_draws_are_nearest_to_one_half():
     """By a loop over the candidates; in their order, with n_bar rollouts and weight 1 each."""
-    (mopps,) = taught(build("mopps"), steps=2)
-    found = mopps.plan(IDS)
+    (mopps,) = trained(build("mopps"), steps=2)
+    chosen = mopps.plan(IDS)
     a, b = mopps.classifier.posterior(IDS)
-    draws = np.random.default_rng([0, found.step, 1]).beta(a, b)
+    draws = np.random.default_rng([0, chosen.step, 1]).beta(a, b)
     kept = [i for i in range(64) if sum(abs(x - 0.5) < abs(draws[i] - 0.5) for x in draws) < 16]
-    assert found.ids == tuple(IDS[i] for i in kept)
-    assert len(found.ids) == 16
-    assert set(found.counts) == {4}
-    assert set(found.weights) == {1.0}
+    assert chosen.ids == tuple(IDS[i] for i in kept)
+    assert len(chosen.ids) == 16
+    assert set(chosen.counts) == {4}
+    assert set(chosen.weights) == {1.0}
 
 
 def test_mopps_learns_which_prompts_are_of_middling_difficulty():
@@ -128,7 +130,7 @@ def test_settings_reach_the_games(name, setting, part, attribute, value):
 
 def test_a_weaker_adversary_spreads_weights_less():
     """adversary_step 0 is no adversary, and the spread of the weights grows with it."""
-    spread = [np.ptp(taught(build("recommended", adversary_step=x))[0].plan(IDS).weights) for x in (0.0, 1.0, 2.0)]
+    spread = [np.ptp(trained(build("recommended", adversary_step=x))[0].plan(IDS).weights) for x in (0.0, 1.0, 2.0)]
     assert spread[0] == pytest.approx(0.0, abs=1e-12)
     assert 0.1 < spread[1] < spread[2]
 
@@ -172,9 +174,9 @@ def test_settings_without_effect_or_sense_are_refused(settings, message):
 def test_reward_noise_turns_its_share_of_the_grades_round(share):
     """To 5 standard errors; a grade is either as it was or 1 minus it, also where it is a fraction."""
     grades = np.tile([0.0, 1.0, 0.25], 10_000)
-    found = flip_rewards(grades, np.arange(len(grades)), len(grades), Config(reward_noise=share), step=3)
-    wrong = found != grades
-    assert (found[wrong] == 1 - grades[wrong]).all()
+    flipped = flip_rewards(grades, np.arange(len(grades)), len(grades), Config(reward_noise=share), step=3)
+    wrong = flipped != grades
+    assert (flipped[wrong] == 1 - grades[wrong]).all()
     for value in (0.0, 1.0, 0.25):
         assert abs(wrong[grades == value].mean() - share) < 5 * np.sqrt(share * (1 - share) / 10_000)
 

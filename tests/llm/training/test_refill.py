@@ -21,9 +21,9 @@ from gdro_llm.training.trainer import train
 FIELDS = [field.name for field in dataclasses.fields(Rollouts)]
 
 
-def assert_same(found: Rollouts, expected: Rollouts) -> None:
+def assert_same(rollouts: Rollouts, expected: Rollouts) -> None:
     for name in FIELDS:
-        one, other = getattr(found, name), getattr(expected, name)
+        one, other = getattr(rollouts, name), getattr(expected, name)
         assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other, name
 
 
@@ -57,14 +57,14 @@ def test_parts_of_different_width_and_empty_ones_are_joined(tiny):
     """Shorter completions are padded with nothing; a step without a mixed group adds nothing."""
     ids, two = literal.prompts(tiny), np.full(5, 2)
     short, long = (literal.sample(tiny, ids, two, width, seed=0, rows=100) for width in (2, 6))
-    found = joined([short, long.select(np.zeros(0, np.int64)), long])
-    assert found.tokens_R_T.shape == found.mask_R_T.shape == found.logprobs_R_T.shape == (20, 6)
-    assert (found.mask_R_T[:10, 2:] == 0).all()
-    assert (found.logprobs_R_T[:10, 2:] == 0).all()
-    assert found.mask_R_T.dtype == short.mask_R_T.dtype
-    assert_same(found.select(np.arange(10, 20)), long)
-    assert found.owner_R.tolist() == [p for p in range(10) for _ in range(2)]
-    assert found.prompts == [*ids, *ids]
+    both = joined([short, long.select(np.zeros(0, np.int64)), long])
+    assert both.tokens_R_T.shape == both.mask_R_T.shape == both.logprobs_R_T.shape == (20, 6)
+    assert (both.mask_R_T[:10, 2:] == 0).all()
+    assert (both.logprobs_R_T[:10, 2:] == 0).all()
+    assert both.mask_R_T.dtype == short.mask_R_T.dtype
+    assert_same(both.select(np.arange(10, 20)), long)
+    assert both.owner_R.tolist() == [p for p in range(10) for _ in range(2)]
+    assert both.prompts == [*ids, *ids]
 
 
 @pytest.fixture

@@ -39,17 +39,17 @@ def files(out: Path) -> dict[str, bytes]:
     }
 
 
-def assert_same_run(found: Path, expected: Path) -> None:
-    got, want = files(found), files(expected)
+def assert_same_run(run: Path, expected: Path) -> None:
+    got, want = files(run), files(expected)
     assert got.keys() == want.keys()
     for name in want:
         assert got[name] == want[name], name
-    assert [checkpoint.verify_checkpoint(path) for path in found.glob("checkpoint-*")] == ["", ""]
+    assert [checkpoint.verify_checkpoint(path) for path in run.glob("checkpoint-*")] == ["", ""]
 
 
-def assert_same_end(found: Path, expected: Path) -> None:
+def assert_same_end(run: Path, expected: Path) -> None:
     """Equal logs, final weights, optimizer and controller: a stopped run has its last but one checkpoint elsewhere."""
-    got, want = files(found), files(expected)
+    got, want = files(run), files(expected)
     last = max(path.name for path in expected.glob("checkpoint-*"))
     for name in [name for name in want if "/" not in name or name.startswith(last)]:
         assert got[name] == want[name], name

@@ -46,14 +46,14 @@ def trees():
 
 def flags(config: Config) -> list[str]:
     """What `gdro train quickstart` needs for a configuration."""
-    found = []
+    arguments = []
     for spec in fields(Config):
         name, value = f"--{spec.name.replace('_', '-')}", getattr(config, spec.name)
         if isinstance(value, bool):
-            found.append(name if value else f"--no-{name[2:]}")
+            arguments.append(name if value else f"--no-{name[2:]}")
         elif spec.name != "preset":
-            found += [name, str(value)]
-    return found
+            arguments += [name, str(value)]
+    return arguments
 
 
 # ------------------------------------------------------------------------------------------------------------- code
@@ -88,13 +88,13 @@ def test_no_shell_no_pickle_no_code_from_text():
 
 def test_every_from_pretrained_says_whether_code_may_run():
     """Left open, transformers asks on the terminal, and a "y" typed ahead would answer."""
-    found = 0
+    calls = 0
     for path, tree in trees():
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "from_pretrained":
-                found += 1
+                calls += 1
                 assert "trust_remote_code" in {keyword.arg for keyword in node.keywords}, path
-    assert found >= 3
+    assert calls >= 3
 
 
 def test_code_of_a_hub_model_does_not_run_for_its_shape(tmp_path):
@@ -115,10 +115,10 @@ def test_code_of_a_hub_model_does_not_run_for_its_shape(tmp_path):
     )
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ":".join(sys.path)}
     command = [sys.executable, "-m", "gdro_llm.cli", "plan-memory", "quickstart", "--model", "nobody/custom"]
-    found = subprocess.run(command, env=environment, input="y\n" * 9, capture_output=True, text=True, check=False)
-    assert found.returncode == 2
-    assert "the shape of model 'nobody/custom' is not known" in found.stderr
-    assert found.stderr.count("\n") == 1
+    process = subprocess.run(command, env=environment, input="y\n" * 9, capture_output=True, text=True, check=False)
+    assert process.returncode == 2
+    assert "the shape of model 'nobody/custom' is not known" in process.stderr
+    assert process.stderr.count("\n") == 1
     assert not marker.exists()
 
 
@@ -161,11 +161,11 @@ class Tags(HTMLParser):
 
     def __init__(self, page: Path) -> None:
         super().__init__()
-        self.found = set()
+        self.seen = set()
         self.feed(page.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attrs):
-        self.found.add((tag, dict(attrs).get("src", "")[:10]))
+        self.seen.add((tag, dict(attrs).get("src", "")[:10]))
 
 
 def test_what_models_and_data_say_reaches_terminal_and_report_as_text(
@@ -200,7 +200,7 @@ def test_what_models_and_data_say_reaches_terminal_and_report_as_text(
     assert not CONTROL.search(printed), CONTROL.search(printed)
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "&lt;img src=x&gt;" in page
-    assert ("img", "x") not in Tags(out / "report.html").found
+    assert ("img", "x") not in Tags(out / "report.html").seen
 
 
 def test_errors_that_quote_a_data_file_are_text_too(tmp_path, capsys, tiny_model):
@@ -303,11 +303,11 @@ def test_planning_needs_no_extra():
 def test_a_command_that_needs_the_extra_says_so_in_one_line(arguments, tmp_path, monkeypatch):
     """And leaves nothing."""
     monkeypatch.chdir(tmp_path)
-    found = without(EXTRA, *arguments)
-    assert found.returncode == 2
+    process = without(EXTRA, *arguments)
+    assert process.returncode == 2
     line = rf"gdro: error: {arguments[0]} needs the package \w+: pip install 'gdro\[llm\]'\n"
-    assert re.fullmatch(line, found.stderr), found.stderr
-    assert found.stdout == ""
+    assert re.fullmatch(line, process.stderr), process.stderr
+    assert process.stdout == ""
     assert list(tmp_path.iterdir()) == []
 
 

@@ -23,9 +23,9 @@ def events(folder) -> dict[str, list[tuple[int, float]]]:
     """What TensorBoard shows of a folder."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    found = EventAccumulator(str(folder))
-    found.Reload()
-    return {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+    accumulator = EventAccumulator(str(folder))
+    accumulator.Reload()
+    return {tag: [(e.step, e.value) for e in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]}
 
 
 def test_only_finite_numbers_are_tracked_and_bins_keep_their_place():
@@ -50,9 +50,9 @@ def test_tensorboard_shows_what_was_logged(tmp_path):
     tracker.log(1, METRICS)
     tracker.log(2, {"reward": 0.75})
     tracker.close()
-    found = events(tmp_path / "tensorboard")
-    assert found.pop("reward") == [(1, 0.5), (2, 0.75)]
-    assert found == {name: [(1, value)] for name, value in NUMBERS.items() if name != "reward"}
+    logged = events(tmp_path / "tensorboard")
+    assert logged.pop("reward") == [(1, 0.5), (2, 0.75)]
+    assert logged == {name: [(1, value)] for name, value in NUMBERS.items() if name != "reward"}
 
 
 def test_tensorboard_forgets_what_came_after_the_checkpoint(tmp_path):

@@ -133,16 +133,16 @@ def test_the_published_payoff_is_blind_at_ratio_one(tiny_config):
 def test_prompt_losses_do_not_see_the_weights(tiny_config):
     """Eq. 7 is unweighted: other weights, other step, same losses."""
     config = tiny_config(batch_size=6)
-    found = []
+    results = []
     for weights in (np.ones(6), WEIGHTS, 1e-3 * WEIGHTS):
         policy = load_policy(config)
         rollouts, advantages = sampled(policy, drift=0.3)
         scale = rollout_scale(weights, COUNTS, OWNER, "prompt")
-        found.append(update(policy, sgd(policy), record(rollouts, advantages, scale), config)[0])
-    np.testing.assert_allclose(found[1], found[0], atol=1e-5)
-    np.testing.assert_allclose(found[2], found[0], atol=1e-5)
-    assert np.abs(found[0]).max() > 0.05
-    assert (found[0][2:4] == 0).all(), "groups without a signal"
+        results.append(update(policy, sgd(policy), record(rollouts, advantages, scale), config)[0])
+    np.testing.assert_allclose(results[1], results[0], atol=1e-5)
+    np.testing.assert_allclose(results[2], results[0], atol=1e-5)
+    assert np.abs(results[0]).max() > 0.05
+    assert (results[0][2:4] == 0).all(), "groups without a signal"
 
 
 @pytest.mark.parametrize("minibatches", [1, 3])
@@ -165,7 +165,7 @@ def test_gradients_add_up_and_move_no_weight(tiny_config, minibatches):
         losses.append(metrics["loss"])
         for name, weight in literal.weights(other).items():
             steps[name] += weight - before[name]
-    assert [float(found.loss) for found in sums] == pytest.approx(losses, rel=1e-5)
+    assert [float(part.loss) for part in sums] == pytest.approx(losses, rel=1e-5)
     for name, step in steps.items():
         assert (step + gradients[name]).norm() < 1e-4 * step.norm(), name
 
@@ -212,7 +212,7 @@ def test_sampler_kl_is_zero_for_the_sampler_itself_and_estimates_the_divergence_
 
 def test_frozen_layers_stay_and_the_others_move_as_without_freezing(tiny_config):
     """Freezing the first block changes no gradient of the last one."""
-    found = []
+    steps = []
     for layers in (0, 1):
         config = tiny_config(batch_size=6, trainable_layers=layers, grad_clip=1e6)
         policy = load_policy(config)
@@ -220,12 +220,12 @@ def test_frozen_layers_stay_and_the_others_move_as_without_freezing(tiny_config)
         rollouts, advantages = sampled(policy)
         optimizer = torch.optim.SGD([p for p in policy.model.parameters() if p.requires_grad], lr=0.05)
         update(policy, optimizer, record(rollouts, advantages, np.ones(OWNER.size)), config)
-        found.append({name: value - before[name] for name, value in literal.weights(policy).items()})
-    for name in found[0]:
+        steps.append({name: value - before[name] for name, value in literal.weights(policy).items()})
+    for name in steps[0]:
         if name.startswith("model.layers.1.") or name == "model.norm.weight":
-            assert torch.allclose(found[1][name], found[0][name], atol=1e-6), name
+            assert torch.allclose(steps[1][name], steps[0][name], atol=1e-6), name
         else:
-            assert (found[1][name] == 0).all(), name
+            assert (steps[1][name] == 0).all(), name
 
 
 @pytest.mark.parametrize(
@@ -234,19 +234,19 @@ def test_frozen_layers_stay_and_the_others_move_as_without_freezing(tiny_config)
 def test_learning_rate_warms_up_linearly_and_stays(tiny_config, warmup_steps, shares):
     """Step 0 moves already, step `warmup_steps` - 1 has the peak."""
     config, optimizer = tiny_config(warmup_steps=warmup_steps), torch.optim.SGD([torch.zeros(1)], lr=9.0)
-    found = []
+    rates = []
     for step in range(5):
         set_learning_rate(optimizer, config, step)
-        found.append(optimizer.param_groups[0]["lr"])
-    assert found == [share * config.learning_rate for share in shares]
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == [share * config.learning_rate for share in shares]
 
 
 def test_steps_and_seeds_draw_from_different_streams():
     """No two of 10 seeds x 500 steps share a seed, none collides with an evaluation's, and torch takes them all."""
-    found = {step_seed(seed, step) for seed in range(10) for step in range(500)}
-    assert len(found | {draw_seed(seed, "", block) for seed in range(10) for block in range(2)}) == 5020
-    assert min(found) >= 0
-    assert max(found) < 2**63
+    seeds = {step_seed(seed, step) for seed in range(10) for step in range(500)}
+    assert len(seeds | {draw_seed(seed, "", block) for seed in range(10) for block in range(2)}) == 5020
+    assert min(seeds) >= 0
+    assert max(seeds) < 2**63
 
 
 def move(policy, size=0.2):
@@ -459,7 +459,7 @@ def test_the_8_bit_optimizer_names_its_package(tiny_config, monkeypatch):
 def test_the_8_bit_optimizer_steps_like_adamw(tiny_config):
     """The first step has the size of the learning rate along every gradient; the rate follows the warm-up."""
     pytest.importorskip("torchao")
-    found = []
+    changes = []
     for name in ("adamw", "adamw8bit"):
         config = tiny_config(batch_size=6, optimizer=name, warmup_steps=2)
         policy = load_policy(config)
@@ -470,22 +470,22 @@ def test_the_8_bit_optimizer_steps_like_adamw(tiny_config):
             set_learning_rate(optimizer, config, step)
             _, metrics = update(policy, optimizer, record(rollouts, advantages, np.ones(OWNER.size)), config)
             assert metrics["learning_rate"] == pytest.approx(1e-3 * (step + 1) / 2)
-        found.append({name: value - before[name] for name, value in literal.weights(policy).items()})
-    for name, step in found[0].items():
-        assert (found[1][name] - step).norm() < 0.1 * step.norm(), name
+        changes.append({name: value - before[name] for name, value in literal.weights(policy).items()})
+    for name, step in changes[0].items():
+        assert (changes[1][name] - step).norm() < 0.1 * step.norm(), name
 
 
 def test_prompt_losses_are_means_over_passes_and_gradients_are_freed(tiny_config):
     """Where nothing moves a second pass changes nothing; the sampler gets the gradients' memory."""
-    found = []
+    results = []
     for passes in (1, 3):
         config = tiny_config(batch_size=6, passes=passes)
         policy = load_policy(config)
         rollouts, advantages = sampled(policy, drift=0.3)
-        found.append(update(policy, sgd(policy, 0.0), record(rollouts, advantages, np.ones(OWNER.size)), config))
+        results.append(update(policy, sgd(policy, 0.0), record(rollouts, advantages, np.ones(OWNER.size)), config))
         assert all(parameter.grad is None for parameter in policy.model.parameters())
-    np.testing.assert_allclose(found[1][0], found[0][0], rtol=1e-6)
-    assert found[1][1] == pytest.approx(found[0][1], rel=1e-6)
+    np.testing.assert_allclose(results[1][0], results[0][0], rtol=1e-6)
+    assert results[1][1] == pytest.approx(results[0][1], rel=1e-6)
 
 
 @pytest.mark.parametrize("settings", [{}, {"loss": "grpo", "kl_coef": 0.1, "importance_cap": 2.0, "passes": 2}])

@@ -1,4 +1,4 @@
-"""Validation problems steer what is kept, test problems are looked at thrice, and a resumed run forgets neither."""
+"""Validation problems steer what is kept, test problems are used three times, and a resumed run forgets neither."""
 
 import json
 import signal
@@ -48,8 +48,8 @@ def test_validation_is_looked_at_while_training_and_the_test_problems_at_both_en
     assert places == {"start": (0, 0), "last": (4, 128), "best": (chosen["step"], chosen["rollouts"])}
     train_problems, test_problems = load_problems(config)
     train_problems, validation_problems = hold_out(train_problems, config)
-    for found, problems in ((validation, validation_problems), (test.values(), test_problems)):
-        assert all(set(row["correct"]) == {problem.id for problem in problems} for row in found)
+    for evaluations, problems in ((validation, validation_problems), (test.values(), test_problems)):
+        assert all(set(row["correct"]) == {problem.id for problem in problems} for row in evaluations)
     drawn = {row["id"] for row in literal.read_log(tmp_path / "samples.jsonl")}
     assert drawn <= {problem.id for problem in train_problems}
 
@@ -60,8 +60,8 @@ def test_the_best_row_is_of_the_weights_of_its_step(config, tmp_path, monkeypatc
     measured = trainer.Run._evaluate
 
     def praised(self, split, place):
-        found = measured(self, split, place)
-        return 2.0 if split == "validation" and place["step"] == step else found
+        rate = measured(self, split, place)
+        return 2.0 if split == "validation" and place["step"] == step else rate
 
     monkeypatch.setattr(trainer.Run, "_evaluate", praised)
     train(config, tmp_path / "run")
@@ -106,8 +106,8 @@ def test_a_killed_run_goes_on_with_the_same_best_weights(config, tmp_path, sabot
     rising = trainer.Run._evaluate  # every validation is better than the one before: `best` is replaced each time
 
     def praised(self, split, place):
-        found = rising(self, split, place)
-        return 1.0 + place["step"] if split == "validation" else found
+        rate = rising(self, split, place)
+        return 1.0 + place["step"] if split == "validation" else rate
 
     monkeypatch.setattr(trainer.Run, "_evaluate", praised)
     train(config, tmp_path / "whole")
@@ -122,8 +122,8 @@ def test_best_weights_of_before_a_kill_stay_the_best(config, tmp_path, monkeypat
     measured = trainer.Run._evaluate
 
     def praised(self, split, place):
-        found = measured(self, split, place)
-        return 2.0 if split == "validation" and place["step"] == 1 else found
+        rate = measured(self, split, place)
+        return 2.0 if split == "validation" and place["step"] == 1 else rate
 
     monkeypatch.setattr(trainer.Run, "_evaluate", praised)
     train(config, tmp_path / "whole")
@@ -139,8 +139,8 @@ def test_the_best_weights_of_a_checkpoint_outlive_those_of_steps_after_it(config
     measured, best = trainer.Run._evaluate, [2]
 
     def praised(self, split, place):
-        found = measured(self, split, place)
-        return float(place["step"] in best) * place["step"] if split == "validation" else found
+        rate = measured(self, split, place)
+        return float(place["step"] in best) * place["step"] if split == "validation" else rate
 
     monkeypatch.setattr(trainer.Run, "_evaluate", praised)
 

@@ -50,14 +50,14 @@ def test_vllm_samples_the_policy_that_is_trained(tmp_path):
     """The embedded model, whose output layer is tied to its input: from both engines the same rates before training (to
     4 standard errors of both: 6e-5 with other seeds), and the trainer's own log-probabilities in every later step."""
     quick = ["--steps", "3", "--eval-every", "3", "--save-every", "3", "--test-problems", "200", "--batch-size", "32"]
-    found = {}
+    first_rows = {}
     for engine, run in (("hf", lambda arguments: main(["train", *arguments])), ("vllm", command)):
         out = tmp_path / engine
         run(["quickstart", *quick, "--engine", engine, "--max-prompt-tokens", "64", "--out", str(out)])
-        found[engine] = literal.read_log(out / "evaluations.jsonl")[0]
+        first_rows[engine] = literal.read_log(out / "evaluations.jsonl")[0]
         gaps = [row["sampler_gap"] for row in literal.read_log(out / "metrics.jsonl")]
         assert 0 < max(gaps) < 1e-4
-    one, other = found["hf"], found["vllm"]
+    one, other = first_rows["hf"], first_rows["vllm"]
     assert abs(one["mean@8"] - other["mean@8"]) < 4 * np.hypot(one["mean@8_se"], other["mean@8_se"])
     assert one["correct"] != other["correct"], "the engines draw by themselves"
 
@@ -152,10 +152,10 @@ def test_a_sampler_that_is_not_the_policy_stops_the_run(run_config, tmp_path, mo
     draw = HFSampler.sample
 
     def stale(*args, **kwargs):
-        found = draw(*args, **kwargs)
-        found.logprobs_R_T = found.logprobs_R_T - off * found.mask_R_T
-        found.texts = ["wrong"] * len(found.texts)
-        return found
+        rollouts = draw(*args, **kwargs)
+        rollouts.logprobs_R_T = rollouts.logprobs_R_T - off * rollouts.mask_R_T
+        rollouts.texts = ["wrong"] * len(rollouts.texts)
+        return rollouts
 
     monkeypatch.setattr(HFSampler, "sample", stale)
     if off == 0:
