@@ -361,7 +361,7 @@ def checkpoint_like(full: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor
 
 
 def test_optimizer_state_makes_the_round_trip_by_name(tiny_config):
-    """Into a fresh optimizer whose groups are in another order; no state where there was none; unknown names are refused."""
+    """Into a fresh optimizer with groups in another order; no state stays no state; unknown names are refused."""
     _, optimizer, named = trained(tiny_config())
     state = optimizer_state(optimizer, named)
     assert {key.split(":")[1] for key in state} == {"step", "exp_avg", "exp_avg_sq"}
