@@ -142,7 +142,7 @@ def test_a_kept_block_is_of_the_present_code_of_the_core_too():
     """A change of either package makes unfinished blocks another run's."""
     names = {"/".join(path.parts[-2:]) for path in harness.sources()}
     assert {
-        "measuring/intervals.py",
+        "gdro_llm/intervals.py",
         "gdro_core/controller.py",
         "gdro_core/difficulty.py",
         "simulations/population.py",
