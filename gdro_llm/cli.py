@@ -52,6 +52,7 @@ graded, the controller observes, the policy is updated. `--controller` chooses t
 """
 
 EXTRA = {"torch", "transformers", "safetensors", "peft", "math_verify", "pebble", "datasets", "tqdm", "matplotlib"}
+EXTRA |= {"pydantic", "click"}  # without which nothing here can be imported: `gdro_llm.__main__` says so
 METHODS = "grpo,null,prompt,rollout,joint"
 FOLDER = click.Path(path_type=Path)
 

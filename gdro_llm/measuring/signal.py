@@ -29,6 +29,8 @@ from gdro_llm.config import Config, UsageError
 from gdro_llm.engine.policy import Policy, load_policy
 from gdro_llm.engine.transformers import HFSampler
 from gdro_llm.engine.workers import SINGLE_PROCESS
+from gdro_llm.intervals import percentile_interval
+from gdro_llm.measuring import tables
 from gdro_llm.measuring.compare import Method
 from gdro_llm.problems.load import hold_out, load_problems
 from gdro_llm.problems.problem import Problem
@@ -41,8 +43,6 @@ from gdro_llm.training.evaluation import exact_rates, has_exact_rates
 from gdro_llm.training.gradient import BatchLoss
 from gdro_llm.training.planners import build_controller
 from gdro_llm.training.step import collect
-
-RESAMPLES = 2000
 
 
 def measure(config: Config, methods: Sequence[Method], warm_up: int, batches: int, out: Path) -> dict[str, Any]:
@@ -145,14 +145,13 @@ def _summary(halves: torch.Tensor, directions: dict[str, torch.Tensor]) -> dict[
         **{name: whole @ u / u.norm() for name, u in directions.items()},
     }
     values = {name: x.double().numpy() for name, x in terms.items()}
-    drawn = np.random.default_rng(0).integers(len(whole), size=(RESAMPLES, len(whole)))
 
     def entry(top: str, bottom: str, power: float) -> dict[str, float]:
         def ratio(rows: Any) -> Any:
             return values[top][rows].mean(-1) / values[bottom][rows].mean(-1) ** power
 
-        low, high = np.quantile(ratio(drawn), [0.025, 0.975])
-        return {"value": float(ratio(slice(None))), "low": float(low), "high": float(high)}
+        low, high = percentile_interval(ratio, len(whole))
+        return {"value": float(ratio(slice(None))), "low": low, "high": high}
 
     cosines = {f"cosine with {name}": entry(name, "size", 0.5) for name in directions}
     return {"SNR": entry("signal", "noise", 1.0), **cosines}
@@ -161,8 +160,8 @@ def _summary(halves: torch.Tensor, directions: dict[str, torch.Tensor]) -> dict[
 def table(result: dict[str, Any]) -> str:
     """Markdown."""
     names = list(next(iter(result["methods"].values())))
-    rows = [f"| method | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]
+    rows = [["method", *names]]
     for label, values in result["methods"].items():
-        cells = [f"{v['value']:.3f} [{v['low']:.3f}, {v['high']:.3f}]" for v in (values[name] for name in names)]
-        rows.append(f"| {label} | {' | '.join(cells)} |")
-    return "\n".join(rows)
+        entries = [values[name] for name in names]
+        rows.append([label, *(tables.with_interval(e["value"], e["low"], e["high"], ".3f") for e in entries)])
+    return tables.markdown(rows, "<" + ">" * len(names))

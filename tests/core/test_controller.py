@@ -296,13 +296,13 @@ def test_a_foreign_plan_is_refused_without_a_trace():
 def test_state_of_another_controller_is_refused(path, value, message):
     """Whichever part refuses, no part has changed."""
     make = joint_bins
-    controller, found = trained(make, 3), json.loads(json.dumps(trained(make, 9).state_dict()))
-    before, inner = controller.state_dict(), found
+    controller, other = trained(make, 3), json.loads(json.dumps(trained(make, 9).state_dict()))
+    before, inner = controller.state_dict(), other
     for key in path[:-1]:
         inner = inner[key]
     inner[path[-1]] = value
     with pytest.raises(ValueError, match=message):
-        controller.load_state_dict(found)
+        controller.load_state_dict(other)
     assert controller.state_dict() == before
 
 
@@ -398,9 +398,9 @@ def test_state_survives_torch_and_json_and_lacking_keys_are_refused(make, tmp_pa
     controller = trained(make)
     saved = controller.state_dict()
     torch.save(saved, tmp_path / "state.pt")
-    for found in (torch.load(tmp_path / "state.pt", weights_only=True), json.loads(json.dumps(saved))):
+    for state in (torch.load(tmp_path / "state.pt", weights_only=True), json.loads(json.dumps(saved))):
         restored = make()
-        restored.load_state_dict(found)
+        restored.load_state_dict(state)
         assert step(restored, np.random.default_rng(5))[2] == step(make_again(make, saved), np.random.default_rng(5))[2]
         assert restored.classifier.state_dict() == make_again(make, restored.state_dict()).classifier.state_dict()
     parts = {name: part for name, part in saved.items() if isinstance(part, dict)}

@@ -85,8 +85,8 @@ def test_theorem_1_q_agrees_with_a_numerical_maximiser_and_is_the_gradient(unifo
     rng = np.random.default_rng(seed)
     game = played(rng, uniform_reference=uniform)
     r = reference_of(game)
-    found = minimize(lambda z: -regularised(softmax(z), game, r), np.zeros(4), method="BFGS", options={"gtol": 1e-9})
-    np.testing.assert_allclose(game.probabilities, softmax(found.x), atol=1e-5)
+    optimum = minimize(lambda z: -regularised(softmax(z), game, r), np.zeros(4), method="BFGS", options={"gtol": 1e-9})
+    np.testing.assert_allclose(game.probabilities, softmax(optimum.x), atol=1e-5)
 
     def value(scores):
         return logsumexp(game.adversary.step_size * scores, b=r) / game.adversary.step_size

@@ -7,11 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from gdro_core import GDROController
+from gdro_core import GDROController, PublishedController
 from gdro_llm.cli import main
 from gdro_llm.config import PRESETS, Config, load_preset, preset_names
 from gdro_llm.engine.memory import check_fits, estimate, summary
 from gdro_llm.training.losses import group_advantages
+from gdro_llm.training.planners import build_controller
 
 QWEN = [name for name in preset_names() if name.startswith("qwen3-")]
 PUBLISHED = [name for name in QWEN if name.endswith("-published")]
@@ -164,5 +165,5 @@ def test_presets_name_the_sets_and_leave_room_for_them(name):
 def test_the_controllers_of_presets_exist(name):
     """With these budgets."""
     config = load(name)
-    make = getattr(GDROController, config.controller.partition("-")[0])
-    assert make(config.mean_rollouts, config.min_rollouts, config.max_rollouts, num_bins=config.num_bins)
+    published = config.controller.startswith("published")
+    assert isinstance(build_controller(config), PublishedController if published else GDROController)

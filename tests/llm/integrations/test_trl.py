@@ -25,7 +25,7 @@ from gdro_core import GDROController, Plan, PublishedController
 from gdro_core.rollout_game import RolloutGDRO
 from gdro_llm.config import UsageError
 from gdro_llm.integrations.trl import STATE, GDROTrainer, add_prompt_ids, ragged_advantages
-from gdro_llm.problems.load import _content_hash
+from gdro_llm.problems.public import content_hash
 
 ROOT = Path(__file__).parents[3]
 PROMPTS = [f"{a}{op}{b}=" for a, op, b in zip("12345678", "+*-%+*-%", "98765432", strict=True)]
@@ -107,7 +107,7 @@ def build(kind, model, folder, *, dataset=None, functions=None, settings=None, *
     def correct(prompts, completions, answer, prompt_id, **_):
         for prompt, expected, name in zip(prompts, answer, prompt_id, strict=True):
             assert expected == prompt[::-1], (prompt, expected)
-            assert name == f"test/{_content_hash(prompt)}"
+            assert name == f"test/{content_hash(prompt)}"
         rewards = [reward(*pair) for pair in zip(prompts, completions, strict=True)]
         graded.extend(zip(prompt_id, rewards, strict=True))
         return rewards
@@ -226,7 +226,7 @@ def check_ragged(ranks: list[dict], tokenizer) -> None:
             for row in rows
             for ids, mask in zip(row["prompt_ids"], row["prompt_mask"], strict=True)
         ]
-        assert [f"test/{_content_hash(text)}" for text in texts] == names
+        assert [f"test/{content_hash(text)}" for text in texts] == names
         factor = plan.weights[plan.owner]
         unweighted = torch.cat([row["advantages"] for row in rows]).double().numpy() / factor
         for p, count in enumerate(plan.counts):
@@ -551,7 +551,7 @@ def test_an_untested_version_is_named(tiny_model, tmp_path, monkeypatch):
 def test_prompt_ids_are_of_source_and_content():
     """A text has the id that the own loop gives it in a file; order does not matter; a conversation has one, too."""
     ids = data()["prompt_id"]
-    assert list(ids) == [f"test/{_content_hash(p)}" for p in PROMPTS]
+    assert list(ids) == [f"test/{content_hash(p)}" for p in PROMPTS]
     assert list(data(PROMPTS[::-1])["prompt_id"]) == list(ids)[::-1]
     chats = Dataset.from_dict({"prompt": [[{"role": "user", "content": text}] for text in "ab"]})
     one, two = add_prompt_ids(chats, source="chat")["prompt_id"]

@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
+from gdro_llm.config import UsageError
 from gdro_llm.measuring.report import summary_table, write_report
 
 BINS, STEPS = 4, 12
@@ -255,20 +256,20 @@ def test_the_same_runs_give_the_same_bytes(tmp_path, grpo, alone):
 def test_a_malformed_file_is_named_with_the_remedy(tmp_path, file, content, message):
     run = make_small_run(tmp_path / "run")
     (run / file).write_bytes(content.encode("latin-1"))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UsageError, match=message):
         write_report([run], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_missing_run_and_no_run_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere/metrics\.jsonl: missing or empty"):
+    with pytest.raises(UsageError, match=r"nowhere/metrics\.jsonl: missing or empty"):
         summary_table([tmp_path / "nowhere"])
-    with pytest.raises(ValueError, match="no run directory given"):
+    with pytest.raises(UsageError, match="no run directory given"):
         write_report([], tmp_path)
 
 
 def test_runs_without_a_common_split_are_refused(tmp_path):
     runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b")]
     write_lines(runs[1] / "evaluations.jsonl", [evaluation(0, 0.3) | {"split": "train"}])
-    with pytest.raises(ValueError, match=r"evaluations\.jsonl: no split"):
+    with pytest.raises(UsageError, match=r"evaluations\.jsonl: no split"):
         summary_table(runs)

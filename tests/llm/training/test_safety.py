@@ -277,8 +277,9 @@ WITHOUT = """
 import sys
 for name in {names}:
     sys.modules[name] = None
-from gdro_llm.cli import main
-sys.exit(main({arguments}))
+sys.argv = ["gdro", *{arguments}]
+from gdro_llm.__main__ import main
+sys.exit(main())
 """
 
 
@@ -289,12 +290,23 @@ def without(names, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
 
 
-def test_planning_needs_no_extra():
-    """Presets, their memory and the help come with numpy alone."""
-    listed = without(EXTRA, "presets")
+PARSING = {"pydantic", "click"}
+
+
+def test_planning_needs_no_deep_learning():
+    """Presets, their memory and the help come with numpy and what parses the command line."""
+    listed = without(EXTRA - PARSING, "presets")
     assert listed.returncode == 0, listed.stderr
-    planned = without(EXTRA, "plan-memory", "qwen3-4b-dapo")
+    planned = without(EXTRA - PARSING, "plan-memory", "qwen3-4b-dapo")
     assert "fits: sample" in planned.stdout, planned.stderr
+
+
+@pytest.mark.parametrize("package", sorted(PARSING))
+def test_without_its_parser_the_command_says_what_to_install(package):
+    """One line, exit code 2."""
+    result = without([package], "presets")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == f"gdro: error: the command needs the package {package}: pip install 'gdro[llm]'\n"
 
 
 @pytest.mark.parametrize(
@@ -303,7 +315,7 @@ def test_planning_needs_no_extra():
 def test_a_command_that_needs_the_extra_says_so_in_one_line(arguments, tmp_path, monkeypatch):
     """And leaves nothing."""
     monkeypatch.chdir(tmp_path)
-    process = without(EXTRA, *arguments)
+    process = without(EXTRA - PARSING, *arguments)
     assert process.returncode == 2
     line = rf"gdro: error: {arguments[0]} needs the package \w+: pip install 'gdro\[llm\]'\n"
     assert re.fullmatch(line, process.stderr), process.stderr
