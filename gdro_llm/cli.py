@@ -86,7 +86,7 @@ def _keep(ctx: click.Context, param: click.Parameter, value: object) -> None:
 
 
 class Command(click.Command):
-    """Prints its description as it stands, and settings in their groups, with the defaults of PRESET if it has one."""
+    """Prints its description unchanged, and settings in their groups, with the defaults of PRESET if it has one."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Put the defaults that the help shows into `ctx.obj`: the values of PRESET, else {} for `Config`'s."""
@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception:
         if _reports_failure():
             raise
-        return 1  # not raised: another process under torchrun failed first and says why; this one fell with it
+        return 1  # not raised: another process under torchrun failed first and says why; this one failed because of it
     return 0
 
 
@@ -189,7 +189,7 @@ def _settings(names: Iterable[str] = OPTIONS, *, short: bool = False) -> list[cl
 
 
 def _presets(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """What PRESET can be, for the shell: a preset, or else a file."""
+    """Completions of PRESET in the shell: presets, or else a file."""
     near = [CompletionItem(name) for name in preset_names() if name.startswith(incomplete)]
     return near or [CompletionItem(incomplete, type="file")]
 

@@ -40,14 +40,14 @@ DIALS = {"entropic": "adversary_step", "cvar": "cvar_alpha", "chi-square": "chi_
 
 
 class UsageError(Exception):
-    """The user asked for something that cannot be: shown as one line, without a traceback, exit code 2.
+    """A mistake of the user: shown as one line, without a traceback, exit code 2.
 
     No ValueError, because pydantic and `except ValueError` around other code would catch it.
     """
 
 
 def printable(text: str) -> str:
-    """Text that others wrote (models, data files), on one line: what could steer a terminal is shown, not obeyed."""
+    """Text of a model or a data file, on one line; control characters are escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
@@ -122,9 +122,7 @@ class Config:
         "cells", '"cells", "cells-shared|-light|-heavy", "ladder" (arithmetic); name of a set, .jsonl, .parquet'
     )
     test_data: str = _data("", "held-out sets, names or files, separated by commas (not for embedded data)")
-    prompt_style: str = _grading(
-        "plain", "the template as it stands, or as the user's turn of a chat", ("plain", "chat")
-    )
+    prompt_style: str = _grading("plain", "the template unchanged, or as the user's turn of a chat", ("plain", "chat"))
     thinking: bool = _grading(False, "let the chat template open a thinking block (Qwen3's enable_thinking)")
     template: str = _grading("{problem}", "prompt of a problem; {problem} is replaced")
     max_prompt_tokens: int = _data(1024, "training problems with longer prompts are left out, and counted", ge=1)
@@ -278,7 +276,7 @@ class Config:
         return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
 
     def conflicts(self, before: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """What keeps a run with this configuration from going on with one that was started as `before`.
+        """Differences that forbid a run with this configuration to continue one that was started as `before`.
 
         Args:
             before: what the config.json of the earlier run holds; an absent key has its default.
@@ -307,7 +305,7 @@ _RULES = {
 
 
 def _mistake(error: ValidationError) -> UsageError:
-    """The first of pydantic's complaints, in the words of all other mistakes."""
+    """The first error of pydantic, worded like all other mistakes."""
     first = error.errors(include_url=False)[0]
     name, kind = str(first["loc"][0]), first["type"]
     if name not in OPTIONS:

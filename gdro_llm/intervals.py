@@ -1,7 +1,7 @@
 """How sure a measured number is: 95 % bootstrap intervals and the sign test, for every part of the project.
 
-Resampling has one fixed seed, so that the same values always have the same interval. Whoever asks says how many
-resamples are drawn. Only numpy and scipy are imported, so that simulations use this module without torch.
+Resampling has one fixed seed, so that the same values always have the same interval. Callers choose the number of
+resamples. Only numpy and scipy are imported, so that simulations use this module without torch.
 """
 
 from __future__ import annotations

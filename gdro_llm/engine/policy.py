@@ -290,7 +290,7 @@ class Prefix:
     """Encoded prompts, or rows repeated from them."""
 
     cache: Any  # transformers' DynamicCache, rows as in mask_P_T
-    mask_P_T: torch.Tensor  # 1 where a token stands
+    mask_P_T: torch.Tensor  # 1 at tokens
     logits_P_V: torch.Tensor  # of the first completion token
 
     def select(self, rows: torch.Tensor) -> Prefix:

@@ -19,7 +19,7 @@ class Rollouts:
     prompts: list[list[int]]  # token ids
     owner_R: torch.Tensor
     tokens_R_T: torch.Tensor  # padded on the right; the stop token is included
-    mask_R_T: torch.Tensor  # 1 where a token stands
+    mask_R_T: torch.Tensor  # 1 at tokens
     logprobs_R_T: torch.Tensor  # of the sampled tokens under the distribution they were drawn from; padding holds 0
     truncated_R: torch.Tensor  # no stop token within max_new_tokens
     texts: list[str]  # without the stop token

@@ -2,7 +2,7 @@
 
 1. Logits of all tokens never exist together: the last hidden states go through the output layer in chunks, and each
    chunk is computed again in the backward pass.
-2. Rows are scored as they stand (`plain`: prompt + completion), or every prompt is encoded once and its key-value cache
+2. Rows are scored whole (`plain`: prompt + completion), or every prompt is encoded once and its key-value cache
    shared by its rollouts, with gradients flowing through it (`shared`): for long prompts with short answers that saves
    most of the work. FSDP needs all of a forward pass in one call of the module, which `plain` is.
 """
@@ -27,7 +27,7 @@ class TokenLogprobs(nn.Module):
     """Log-probability of completion tokens under a causal language model, and the entropy of their distributions.
 
     Every method takes P prompts as token ids and R completions (owner_R: row of its prompt; tokens_R_T, padded on the
-    right; mask_R_T: 1 where a completion token stands) and returns
+    right; mask_R_T: 1 at completion tokens) and returns
 
         logprobs_R_T: float32, of softmax(logits / temperature); gradients flow if they are enabled; padding holds 0.
         entropy_R_T: of the whole distribution that the token was drawn from [nats]; without gradient; padding holds 0.

@@ -118,7 +118,7 @@ class _Unfinished:
         return cls(nothing, nothing[:, None], None, nothing[:, None], nothing[:, None], nothing)
 
     def can_join(self) -> bool:
-        """Whether rows of other lengths can stand beside these: caches of sliding windows cannot be aligned."""
+        """Whether rows of other lengths can join the batch: caches of sliding windows cannot be aligned."""
         return self.cache is None or all(type(layer) is DynamicLayer for layer in self.cache.layers)
 
     def keep(self, places: torch.Tensor, token: torch.Tensor) -> None:

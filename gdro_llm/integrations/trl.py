@@ -114,7 +114,7 @@ class GDROTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is not installed ev
         to_unit: (R, F) rewards of all R rollouts by the F reward functions -> (R,) what the controller observes, in
             [0, 1], 1 is correct; NaN where there is no verdict. None takes the rewards of the one function as they are.
             For -1 and 1: `lambda r: (r[:, 0] + 1) / 2`; with several functions: `lambda r: r[:, 0]`. The policy is
-            trained on TRL's reward, whatever this says.
+            trained on TRL's reward in any case.
         aggregation: a prompt's factor in the loss: `"rollout"`: its weight times its rollouts; `"prompt"`: its weight,
             which `preserve_objective` needs.
 

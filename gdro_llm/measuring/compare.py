@@ -1,14 +1,14 @@
 """`gdro compare`: methods x seeds, paired, at equal total rollouts, with intervals and a sign test.
 
 1. Runs of one seed share the warm start, the prompt order and the total number of rollouts, so that the difference of
-   two methods is free of what the seed does to both. Seed s starts from model s mod M of M warm starts.
-2. While a run trains, only validation problems are looked at. Results are of the test problems, for the last weights
-   and for those that were best in validation pass@k.
+   two methods is free of the seed's effect on both. Seed s starts from model s mod M of M warm starts.
+2. While a run trains, only validation problems are used. Results are of the test problems, for the last weights and
+   for those that were best in validation pass@k.
 3. An interval is a bootstrap over warm starts and over the seeds of each, of paired differences. Few seeds make it too
-   short: a difference counts as evidence only if the interval and an exact sign test agree. The test takes seeds for
-   independent. With 8 seeds over 4 warm starts the rule errs in at most 6 % of simulated nulls while effects of warm
-   starts spread up to twice as much as those of seeds, and in 1 of 10 in the limit; as many warm starts as seeds are
-   better (`test_under_the_null_evidence_is_rare`).
+   short: a difference counts as evidence only if the interval and an exact sign test agree. The test assumes that seeds
+   are independent. With 8 seeds over 4 warm starts the rule errs in at most 6 % of simulated nulls while effects of
+   warm starts spread up to twice as much as those of seeds, and in 1 of 10 in the limit; as many warm starts as seeds
+   are better (`test_under_the_null_evidence_is_rare`).
 4. Everything is computed from the run directories; a run that is complete is never run again.
 """
 
@@ -127,8 +127,8 @@ def _train_all(
 ) -> Iterator[tuple[Place, BaseException | None]]:
     """Train, `jobs` side by side; each that is complete, or the error of the first that failed.
 
-    After a signal no further run starts, and those in progress save and leave: it is handed on to their processes,
-    which Ctrl-C reaches anyway. `fresh` gives every run a process of its own, which gives its GPU memory back.
+    After a signal no further run starts; those in progress get the signal, too, save and end. `fresh` gives every run
+    its own process, which frees the GPU memory at its end.
     """
     queue, waiting, passed_on = iter(left.items()), dict[Future[bool], Place](), False
     spawn, tasks = multiprocessing.get_context("spawn"), 1 if fresh else None
@@ -218,7 +218,7 @@ def _is_complete(out: Path, config: Config) -> bool:
 def compare_preset(
     preset: str, methods: str, seeds: int, models: str, out: Path | None, jobs: int, overrides: Mapping[str, Any]
 ) -> None:
-    """The command: fill in what a comparison needs, run it, print what it says."""
+    """The command: fill in what a comparison needs, run it, print its result."""
     from gdro_llm.config import load_preset
 
     settings = {**load_preset(preset), **overrides}

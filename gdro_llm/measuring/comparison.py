@@ -1,4 +1,4 @@
-"""What a comparison says: the numbers of each run, paired statistics of each method, and their files.
+"""The results of a comparison: the numbers of each run, paired statistics of each method, and their files.
 
 Everything is computed from run directories. An interval is a bootstrap over warm starts and over the seeds of each;
 a difference counts as evidence only if the interval and an exact sign test agree, as `compare` explains.
@@ -29,7 +29,7 @@ TENTHS = 10  # groups of test problems, by success before training
 RESAMPLES = 10_000
 
 
-# -------------------------------------------------------------------------------------------------- what a run gave
+# ---------------------------------------------------------------------------------------------------------- one run
 
 
 def outcomes(run: RunDirectory) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def _proxies(metrics: Sequence[dict[str, Any]]) -> dict[str, float | None]:
 
 
 def rollouts_to(curve: Mapping[str, list[float]], level: float) -> float:
-    """Rollouts until pass@k of the validation problems first is at `level`, between evaluations in a line; inf: never.
+    """Rollouts until the validation pass@k first is at `level`, interpolated between evaluations; inf: never.
 
     >>> rollouts_to({"rollouts": [0, 100, 200], "pass": [40.0, 50.0, 70.0]}, level=60.0)
     150.0
@@ -112,7 +112,7 @@ def rollouts_to(curve: Mapping[str, list[float]], level: float) -> float:
     return float("inf")
 
 
-# --------------------------------------------------------------------------------------------- what the runs say of it
+# --------------------------------------------------------------------------------------------------- paired statistics
 
 
 def analyse(
@@ -129,8 +129,8 @@ def analyse(
         methods: by label, per value its mean over seeds and, but for the baseline, `difference`, `low`, `high` (95 %),
             `least` and `most` of a seed, `relative` [% of the baseline's mean], `wins`, `losses`, `p` (sign test) and
             `evidence`; `rollouts to baseline`, the median over seeds of rollouts until the baseline's last validation
-            pass@k over the baseline's total, its interval, and in how many seeds it got there; `against`, by label of
-            each other method, differences in mean@k and pass@k;
+            pass@k over the baseline's total, its interval, and the number of seeds that reached it; `against`, by label
+            of each other method, differences in mean@k and pass@k;
         runs: every run's values.
     """
     seeds, models = list(starts), list(starts.values())

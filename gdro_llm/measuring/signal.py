@@ -8,8 +8,8 @@ gradients g_1 and g_2. With g = (g_1 + g_2) / 2 the gradient of the batch,
 
 the first because halves of a batch are independent but for the plan. As the embedded cells have exact success
 probabilities p, so have mean@1 and pass@k exact gradients u over the training problems; `cosine` is
-E [g . u] / (sqrt(E |g|^2) |u|): the share of one step that goes up on what is wanted. It is what an optimizer that
-normalises its steps can make of a batch, and no weight's scale changes it.
+E [g . u] / (sqrt(E |g|^2) |u|): the share of one step along the wanted gradient. It is what a batch is worth to an
+optimizer that normalises its steps, and does not depend on the scale of the weights.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Tables as text: Markdown, LaTeX and aligned columns for a terminal. The first row is the header, cells are texts.
 
-`sides` has a character a column: "<" for words, which stand on the left, ">" for numbers, on the right.
+`sides` has a character a column: "<" for words, aligned on the left, ">" for numbers, on the right.
 """
 
 from __future__ import annotations

@@ -202,8 +202,8 @@ class Loss:
     Args:
         name: in the configuration.
         terms: (new_R_T, old_R_T, mask_R_T, advantages_R, clip_low, clip_high) -> losses and whether clipped, (R, T)
-            each: how the ratio is taken and what becomes of it. Log-probabilities are 0 at padding; what is returned
-            there is not used.
+            each: how the ratio is taken and what becomes of it. Log-probabilities are 0 at padding; results
+            at padding are ignored.
         denominator: (mask_R_T, tokens, rollouts, max_new_tokens) -> by what a token's loss is divided, a number or
             (R, 1); see `token_weights`.
         is_surrogate: at rho = 1 a token's loss is minus the advantage, so that losses are 0 on average over a group.
@@ -232,7 +232,7 @@ class Loss:
         Args:
             logprobs_R_T: (R, T) log-probabilities under the policy that is trained, with gradient.
             old_logprobs_R_T: (R, T) those that the ratio is taken against, without.
-            mask_R_T: (R, T) 1 or True where a completion token stands; padding may hold anything.
+            mask_R_T: (R, T) 1 or True at completion tokens; padding may hold anything.
             advantages_R: (R,) advantages, already times the weights of the games.
             clip_low: the ratio is clipped below 1 - clip_low; nothing is where clip_low >= 1.
             clip_high: the ratio is clipped above 1 + clip_high.
@@ -253,7 +253,7 @@ class Loss:
         r"""Factors u such that the loss of a mini-batch is the sum over all its rows of u times `token_losses`.
 
         Args:
-            mask_R_T: (R, T) 1 or True where a completion token stands, of the rows at hand.
+            mask_R_T: (R, T) 1 or True at completion tokens, of the rows at hand.
             tokens: completion tokens of the whole mini-batch, in all micro-batches and processes; above 0.
             rollouts: its rollouts, in the same sense; above 0.
             max_new_tokens: longest completion, in tokens.
@@ -298,7 +298,7 @@ def importance_weights(
     Args:
         old_trainer_R_T: (R, T) log-probabilities by the trainer, before the first update of the batch.
         sampler_R_T: (R, T) those of the sampler.
-        mask_R_T: (R, T) 1 or True where a completion token stands.
+        mask_R_T: (R, T) 1 or True at completion tokens.
         cap: largest weight, above 0.
     """
     log_ratio = (old_trainer_R_T - sampler_R_T).detach().masked_fill(~mask_R_T.bool(), -math.inf)

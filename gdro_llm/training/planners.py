@@ -1,7 +1,7 @@
-"""Who plans: the controllers of `gdro_core`, and the peers and control experiments that `gdro compare` brings.
+"""Planners: the controllers of `gdro_core`, and the peers and control experiments that `gdro compare` brings.
 
-All are `gdro_core.Planner`s, so that the trainer treats them alike. What they do is a plan for the batch; none draws
-from anything but (seed, step). The texts of the configuration become objects here.
+All are `gdro_core.Planner`s, which the trainer treats in the same way. Each plans a batch; random draws depend on
+(seed, step) only. The texts of the configuration become objects here.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CANDIDATES = 4  # prompts that "mopps" chooses each of its own from
 class PermutedPlan(GDROController):
     """The zero-information null of both games (F5): the plan's (weight, count) pairs, assigned to random prompts.
 
-    Weights and counts have the law of the real plan and say nothing of the prompt that gets them.
+    Weights and counts are distributed as in the real plan, and do not depend on the prompt that gets them.
     """
 
     def plan(self, ids: Sequence[Hashable]) -> Plan:

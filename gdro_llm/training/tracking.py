@@ -1,6 +1,6 @@
 """Scalars of a run to TensorBoard and Weights & Biases, besides the files that every run writes (`log_to`).
 
-Both are shown the same numbers under the names of `flatten`, as TRL and verl are by the adapters, with `gdro/` before
+Both get the same numbers under the names of `flatten`, as TRL and verl are by the adapters, with `gdro/` before
 them. A list is one number a bin, `bin_error/bin00`, and a `None` in it (a bin without prompts) is a point that is not
 drawn. A resumed run continues its curves: TensorBoard drops what came after the checkpoint, W&B gets the same run
 again, whose id lies in the run directory, with `step` as its axis.

@@ -362,9 +362,9 @@ def test_theorem_12_parts_merge_in_any_order_into_what_one_worker_sees(make, see
     left = reduce(Observation.merge, parts)
     order = rng.permutation(workers)
     right = reduce(lambda later, earlier: parts[earlier].merge(later), order[1:], parts[order[0]])
-    for found in (left, right):
-        np.testing.assert_array_equal(found.correct, Observation.of(plan, rewards).correct)
-        np.testing.assert_array_equal(found.trials, plan.counts)
+    for observation in (left, right):
+        np.testing.assert_array_equal(observation.correct, Observation.of(plan, rewards).correct)
+        np.testing.assert_array_equal(observation.trials, plan.counts)
     assert merged.observe(merged.plan(IDS[:12]), right) == whole.observe(plan, rewards)
     assert merged.state_dict() == whole.state_dict()
 
