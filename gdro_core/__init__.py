@@ -19,10 +19,10 @@ from gdro_core.adversaries import (
 from gdro_core.allocation import greedy_allocation, sqrt_allocation
 from gdro_core.ambiguity import BestResponse, chi_square, cvar, entropic
 from gdro_core.controller import GDROController, Observation, Plan, Planner
-from gdro_core.difficulty import OnlineDifficultyClassifier, equal_edges
+from gdro_core.difficulty import OnlineDifficultyClassifier, PassAtK, PassRate, Statistic, equal_edges
 from gdro_core.grpo import decoupling_price, gradient_variance, gradient_weight, mixed_group_probability
 from gdro_core.prompt_game import ERROR, LEARNABILITY, Payoff, PromptGDRO, prompt_payoff
-from gdro_core.published import PublishedController, PublishedPromptGDRO, PublishedRolloutGDRO
+from gdro_core.published import AnyOfN, PublishedController, PublishedPromptGDRO, PublishedRolloutGDRO
 from gdro_core.rollout_game import RolloutGDRO
 from gdro_core.selection import nearest_to_half
 from gdro_core.theory.bandits import Exp3, Exp3IX, Exp3P, Exp3S, Hedge, TsallisINF
@@ -70,6 +70,7 @@ __all__ = [
     "MIXED",
     "VARIANCE",
     "Adversary",
+    "AnyOfN",
     "BestResponse",
     "CVaR",
     "ChiSquare",
@@ -88,6 +89,8 @@ __all__ = [
     "NoRegret",
     "Observation",
     "OnlineDifficultyClassifier",
+    "PassAtK",
+    "PassRate",
     "Payoff",
     "Plan",
     "Planner",
@@ -99,6 +102,7 @@ __all__ = [
     "RolloutGDRO",
     "RunningMeans",
     "ShadowPrice",
+    "Statistic",
     "TsallisINF",
     "Utility",
     "allocation_marginals",

@@ -21,6 +21,17 @@ def controller_1(saved: Mapping[str, Any]) -> State:
     return {**saved, "version": 2, "rollout": None if rollout is None else rollout_game_1(rollout)}
 
 
+def classifier_2(saved: Mapping[str, Any]) -> State:
+    """Of `OnlineDifficultyClassifier`: the statistic becomes an object with its own dial."""
+    check_state("OnlineDifficultyClassifier", saved, {}, ("statistic", "k", "window"))
+    statistics: dict[str, State] = {
+        "pass_rate": {"name": "PassRate"},
+        "pass@k": {"name": "PassAtK", "k": saved["k"]},
+        "any": {"name": "AnyOfN", "window": saved["window"]},
+    }
+    return {**saved, "version": 3, "statistic": statistics[saved["statistic"]]}
+
+
 def rollout_game_1(saved: Mapping[str, Any]) -> State:
     """Of `RolloutGDRO`: its settings; scores, rounds and price belonged to the games on losses."""
     kept = ("mean_rollouts", "min_rollouts", "max_rollouts", "utility", "permute")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, Protocol
 
 import numpy as np
@@ -105,6 +106,11 @@ def check_state(name: str, saved: Mapping[str, Any], expected: Mapping[str, Any]
             raise ValueError(f"state of {name} lacks {key!r}")
         if key in expected and saved[key] != expected[key]:
             raise ValueError(f"state of {name} has {key} = {saved[key]!r}, this one needs {expected[key]!r}")
+
+
+def dials(variant: Any) -> dict[str, Any]:
+    """Name and dials of a frozen dataclass, as a saved state holds them."""
+    return {"name": type(variant).__name__, **asdict(variant)}
 
 
 class _Part(Protocol):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -151,10 +151,6 @@ class Adversary(ABC):
     def memory(self, num_bins: int, ema: float, greatest: float) -> Memory:
         """A fresh memory for `num_bins` bins; `ema` is the game's, `greatest` the payoff's greatest value."""
         return RunningMeans(num_bins, ema)
-
-    def settings(self) -> dict[str, Any]:
-        """Name and dials, as a saved state holds them."""
-        return {"name": type(self).__name__, **asdict(self)}  # type: ignore[call-overload]  # every child is a dataclass
 
 
 @dataclass(frozen=True)

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from base64 import b64decode, b64encode
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from gdro_core._old_states import classifier_2
 from gdro_core._rows import RowIndex, repeats, where
 from gdro_core._validate import (
     Floats,
     Ints,
     check_entries,
-    check_number,
     check_state,
     check_unique,
-    choice,
+    dials,
     floats,
     integer,
-    integers,
     number,
 )
 
-STATISTICS = ("pass_rate", "pass@k", "any")
+Memory = dict[str, NDArray[Any]]  # arrays with a row a prompt
 
 
 def equal_edges(num_bins: int) -> Floats:
@@ -37,6 +38,65 @@ def equal_edges(num_bins: int) -> Floats:
     return np.arange(1, bins) / bins  # 3 / 10 is 0.3, as one writes it and as posterior means round
 
 
+class Statistic(ABC):
+    """What prompts are binned by: an estimate in [0, 1] of how often the policy solves them.
+
+    A statistic is its dials, frozen. To add one, derive from this class as a frozen dataclass and write `estimate`; one
+    that remembers more than the posterior brings arrays of its own (`PublishedController`'s `AnyOfN` does).
+
+    >>> PassAtK(2).estimate(np.array([1.0]), np.array([1.0]), {})  # 1 - E[(1 - p)^2] for p ~ Beta(1, 1)
+    array([0.66666667])
+    """
+
+    @abstractmethod
+    def estimate(self, a: Floats, b: Floats, memory: Memory) -> Floats:
+        """(N,) estimates, from the (N,) parameters of the Beta posteriors and the rows of the statistic's arrays."""
+
+    def arrays(self, rows: int) -> Memory:
+        """Arrays besides the posterior's, for so many unseen prompts."""
+        return {}
+
+    def observe(self, memory: Memory, rows: Ints, correct: Floats) -> None:  # noqa: B027  # most have no arrays
+        """Update the statistic's arrays at the (N,) rows of a batch, of which so many rollouts were correct."""
+
+    def check(self, memory: Memory) -> None:  # noqa: B027
+        """Raise ValueError where loaded arrays contradict each other."""
+
+
+@dataclass(frozen=True)
+class PassRate(Statistic):
+    """Posterior mean of the pass rate p.
+
+    >>> PassRate().estimate(np.array([3.0]), np.array([1.0]), {})
+    array([0.75])
+    """
+
+    def estimate(self, a: Floats, b: Floats, memory: Memory) -> Floats:
+        """See `Statistic.estimate`."""
+        return a / (a + b)
+
+
+@dataclass(frozen=True)
+class PassAtK(Statistic):
+    """Posterior mean of pass@k, 1 - E[(1 - p)^k] = 1 - prod_{j<k} (b + j) / (a + b + j).
+
+    >>> PassAtK(1).estimate(np.array([3.0]), np.array([1.0]), {})
+    array([0.75])
+    """
+
+    k: int = 8
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "k", integer("k", self.k, 1))
+
+    def estimate(self, a: Floats, b: Floats, memory: Memory) -> Floats:
+        """See `Statistic.estimate`."""
+        none_right = np.ones(a.size)
+        for j in range(self.k):
+            none_right *= (b + j) / (a + b + j)
+        return 1.0 - none_right
+
+
 class OnlineDifficultyClassifier:
     r"""Bins of prompts by a running estimate of how often the policy solves them; bin 0 is the hardest.
 
@@ -46,12 +106,12 @@ class OnlineDifficultyClassifier:
 
     and is binned by `statistic`:
 
-    - `"pass_rate"` (default): posterior mean of p. It estimates p whatever n is, so allocation does not feed back
+    - `PassRate()` (default): posterior mean of p. It estimates p whatever n is, so allocation does not feed back
       as it does with any-of-n (F10); what is left is shrinkage to the prior: at d = 1, after n rollouts, a bias of
       (a_0 + b_0) / (a_0 + b_0 + n) (prior mean - p).
-      Departs: the paper bins by the moving pass@k of Eq. 10.
-    - `"pass@k"`: posterior mean of 1 - (1 - p)^k = 1 - prod_{j<k} (b + j) / (a + b + j).
-    - `"any"` (published, Eq. 10): share of the last `window` visits with any correct rollout.
+    - `PassAtK(k)`: posterior mean of 1 - (1 - p)^k.
+
+    Departs: the paper bins by the moving share of visits with any correct rollout (Eq. 10), `published.AnyOfN`.
 
     Bin edges are 0 = a_0 < edges < a_B = 1; bin j holds [a_j, a_{j+1}) (Eq. 11). With `hysteresis` δ a prompt leaves
     its bin only when its estimate passes an edge by δ, in either direction. A prompt never observed is in bin −1.
@@ -77,21 +137,19 @@ class OnlineDifficultyClassifier:
 
     Args:
         edges: (B - 1,) interior edges, strictly increasing in (0, 1).
-        statistic: see above.
-        k: of pass@k; used by `"pass@k"` only.
+        statistic: `PassRate()`, `PassAtK(k)`, or one of your own.
         discount: d in (0, 1], weight of the past at each visit; 1 keeps everything.
         prior: (a_0, b_0) > 0.
-        window: H <= 65535 visits, used by `"any"` only.
         hysteresis: δ >= 0, smaller than half of the narrowest bin.
-        confidence: δ in (0, 1), chance of error per prompt, or None. Needs `"pass_rate"` (the bins of pass@k are those
+        confidence: δ in (0, 1), chance of error per prompt, or None. Needs `PassRate()` (the bins of pass@k are those
             of p with edges 1 - (1 - edge)^(1/k)), hysteresis 0 and, as C_n needs undiscounted counts, discount 1: it
             is for a policy that does not change, or changes slowly.
 
     Ids are any hashable, unique in a batch; equal ids are one prompt, as in a dict (3, np.int64(3), 3.0). An array of
     integers is looked up without a Python loop; the first id of another type moves all of them into a dict for good.
 
-    Memory: struct of arrays, 18 bytes a prompt (`"any"`: 20 + 8 ceil(H / 64)), at most a tenth of it spare, besides
-    the ids: 16 bytes an integer, or a dict.
+    Memory: struct of arrays, 18 bytes a prompt and what the statistic adds, at most a tenth of it spare, besides the
+    ids: 16 bytes an integer, or a dict.
 
     >>> classifier = OnlineDifficultyClassifier(edges=[0.25, 0.75])
     >>> classifier.observe(["easy", "hard"], correct=[8, 0], trials=[8, 8])
@@ -102,12 +160,10 @@ class OnlineDifficultyClassifier:
     def __init__(
         self,
         edges: ArrayLike = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
-        statistic: str = "pass_rate",
+        statistic: Statistic = PassRate(),
         *,
-        k: int = 8,
         discount: float = 0.8,
         prior: tuple[float, float] = (0.5, 0.5),
-        window: int = 100,
         hysteresis: float = 0.0,
         confidence: float | None = None,
     ) -> None:
@@ -118,22 +174,21 @@ class OnlineDifficultyClassifier:
             raise ValueError(f"edges must increase strictly inside (0, 1), got {self.edges.tolist()}")
         if self.edges.size > 32766:
             raise ValueError(f"edges must hold at most 32766 values, got {self.edges.size}")
-        self.statistic = choice("statistic", statistic, STATISTICS)
-        self.k = integer("k", k, 1)
+        if not isinstance(statistic, Statistic):
+            raise ValueError(f"statistic must be an object such as gdro_core.PassRate(), got {statistic!r}")
+        self.statistic = statistic
         self.discount = number("discount", discount, 0.0, 1.0, open_low=True)
         self.prior = (
             number("prior[0]", prior[0], 0.0, open_low=True),
             number("prior[1]", prior[1], 0.0, open_low=True),
         )
-        self.window = integer("window", window, 1)
-        check_number("window", window, 1, 65535)
         self.hysteresis = number("hysteresis", hysteresis, 0.0)
         if self.hysteresis > 0 and self.hysteresis >= narrowest / 2:
             raise ValueError(f"hysteresis must be below half the narrowest bin ({narrowest / 2:g}), got {hysteresis!r}")
         if confidence is not None and not 0 < confidence < 1:
             raise ValueError(f"confidence must lie in (0, 1) or be None, got {confidence!r}")
         self.confidence = None if confidence is None else float(confidence)
-        for name, needed in (("statistic", "pass_rate"), ("discount", 1.0), ("hysteresis", 0.0)):
+        for name, needed in (("statistic", PassRate()), ("discount", 1.0), ("hysteresis", 0.0)):
             if confidence is not None and getattr(self, name) != needed:
                 raise ValueError(f"{name} must be {needed!r} with confidence, got {getattr(self, name)!r}")
         self._index = RowIndex()
@@ -190,13 +245,7 @@ class OnlineDifficultyClassifier:
         memory = self._memory
         memory["successes"][rows] = self.discount * memory["successes"][rows] + c
         memory["failures"][rows] = self.discount * memory["failures"][rows] + (n - c)
-        if self.statistic == "any":
-            hits = memory["hits"][rows]  # (n, words), the latest visit in bit 0 of word 0
-            carry = np.concatenate([(c > 0).astype(np.uint64)[:, None], hits[:, :-1] >> 63], axis=1)
-            hits = hits << 1 | carry
-            hits[:, -1] &= np.uint64(2 ** ((self.window - 1) % 64 + 1) - 1)
-            memory["hits"][rows] = hits
-            memory["visits"][rows] = np.minimum(memory["visits"][rows] + np.int64(1), self.window)
+        self.statistic.observe(memory, rows, c)
         memory["bin"][rows] = self._rebin(rows)
 
     def state_dict(self) -> dict[str, Any]:
@@ -217,6 +266,8 @@ class OnlineDifficultyClassifier:
         Raises:
             ValueError: other settings or version, a missing key, a damaged array; nothing has changed then.
         """
+        if saved.get("version") == 2:
+            saved = classifier_2(saved)
         check_state("OnlineDifficultyClassifier", saved, self._settings(), ("ids", *self._memory))
         plain = _plain(saved["ids"])
         ids = list(plain) if isinstance(plain, tuple) else _unpacked("ids", plain, np.dtype(np.int64), (-1,))
@@ -232,28 +283,18 @@ class OnlineDifficultyClassifier:
         check_entries("successes", memory["successes"], 0.0)
         check_entries("failures", memory["failures"], 0.0)
         check_entries("bin", memory["bin"][:size].astype(np.float64), 0, self.num_bins - 1)
-        if self.statistic == "any":
-            visits = integers("visits", memory["visits"][:size], (size,), 1, self.window)
-            for word, hits in enumerate(memory["hits"][:size].T):
-                if (hits >> np.clip(visits - 64 * word, 0, 64).astype(np.uint64)).any():
-                    raise ValueError(
-                        f"hits must be 0 before the first of the visits, got {hits.max():#x} in word {word}"
-                    )
+        self.statistic.check({name: array[:size] for name, array in memory.items()})
         self._index, self._memory = index, memory
 
     def _settings(self) -> dict[str, Any]:
-        names = ("statistic", "k", "discount", "window", "hysteresis", "confidence")
-        settings = {name: getattr(self, name) for name in names}
-        return {"version": 2, "edges": self.edges.tolist(), "prior": list(self.prior), **settings}
+        settings = {name: getattr(self, name) for name in ("discount", "hysteresis", "confidence")}
+        shape = {"edges": self.edges.tolist(), "prior": list(self.prior), "statistic": dials(self.statistic)}
+        return {"version": 3, **shape, **settings}
 
-    def _unseen(self, rows: int) -> dict[str, NDArray[Any]]:
+    def _unseen(self, rows: int) -> Memory:
         """Arrays of unseen prompts. The last one is never updated: row −1 reads it."""
-        memory: dict[str, NDArray[Any]] = {"successes": np.zeros(rows), "failures": np.zeros(rows)}
-        memory["bin"] = np.full(rows, -1, dtype=np.int16)
-        if self.statistic == "any":
-            memory["visits"] = np.zeros(rows, dtype=np.uint16)
-            memory["hits"] = np.zeros((rows, -(-self.window // 64)), dtype=np.uint64)
-        return memory
+        bins = np.full(rows, -1, dtype=np.int16)
+        return {"successes": np.zeros(rows), "failures": np.zeros(rows), "bin": bins, **self.statistic.arrays(rows)}
 
     def _grow(self, size: int) -> None:
         rows = self._memory["bin"].size
@@ -266,16 +307,8 @@ class OnlineDifficultyClassifier:
         return self.prior[0] + self._memory["successes"][rows], self.prior[1] + self._memory["failures"][rows]
 
     def _estimate(self, rows: Ints) -> Floats:
-        if self.statistic == "any":
-            hits: Ints = np.bitwise_count(self._memory["hits"][rows]).sum(axis=1, dtype=np.int64)
-            return hits / self._memory["visits"][rows].astype(np.float64)
-        a, b = self._posterior(rows)
-        if self.statistic == "pass_rate":
-            return a / (a + b)
-        none_right = np.ones(rows.size)
-        for j in range(self.k):
-            none_right *= (b + j) / (a + b + j)
-        return 1.0 - none_right
+        own = {name: self._memory[name][rows] for name in self.statistic.arrays(0)}
+        return self.statistic.estimate(*self._posterior(rows), own)
 
     def _rebin(self, rows: Ints) -> Ints:
         estimate, present = self._estimate(rows), self._memory["bin"][rows].astype(np.int64)

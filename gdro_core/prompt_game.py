@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from gdro_core._old_states import prompt_game_2
-from gdro_core._validate import Floats, check_state, choice, floats, integer, integers, number
+from gdro_core._validate import Floats, check_state, choice, dials, floats, integer, integers, number
 from gdro_core.adversaries import Adversary, Entropic
 
 
@@ -191,4 +191,4 @@ class PromptGDRO:
     def _settings(self) -> dict[str, Any]:
         names = ("num_bins", "ema", "exploration", "max_weight", "uniform_reference")
         named = {name: getattr(self, name) for name in names}
-        return {"version": 3, **named, "payoff": self.payoff.name, "adversary": self.adversary.settings()}
+        return {"version": 3, **named, "payoff": self.payoff.name, "adversary": dials(self.adversary)}

@@ -10,6 +10,7 @@ rollouts, ties break at random, a played arm's score is updated, and the shadow 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,14 +18,75 @@ from numpy.typing import ArrayLike
 
 from gdro_core._budget import checked_bounds, played_arms, split_budget
 from gdro_core._old_states import published_controller_1, published_prompt_2, published_rollout_1
-from gdro_core._validate import Floats, Ints, check_state, floats, integer, integers, load_parts, number, unique_ids
+from gdro_core._validate import (
+    Floats,
+    Ints,
+    check_number,
+    check_state,
+    floats,
+    integer,
+    integers,
+    load_parts,
+    number,
+    unique_ids,
+)
 from gdro_core.ambiguity import entropic
 from gdro_core.controller import Observation, Plan
-from gdro_core.difficulty import OnlineDifficultyClassifier, equal_edges
+from gdro_core.difficulty import Memory, OnlineDifficultyClassifier, Statistic, equal_edges
 from gdro_core.theory.paths import exact_budget_allocation
 from gdro_core.theory.price import ShadowPrice
 
 BATCHES_WITHOUT_LOSSES = 10  # batches observed without any losses until `plan` raises an error
+
+
+@dataclass(frozen=True)
+class AnyOfN(Statistic):
+    """Share of the last `window` visits with any correct rollout (Eq. 10).
+
+    It grows with the number of rollouts, so that allocation feeds back on difficulty (F10). 2 + 8 ceil(H / 64) bytes a
+    prompt besides the posterior, which it does not use.
+
+    Args:
+        window: H <= 65535 visits.
+
+    >>> classifier = OnlineDifficultyClassifier([0.5], AnyOfN(window=2))
+    >>> for correct in ([1], [0], [0]):
+    ...     classifier.observe(["a"], correct, trials=[4])
+    >>> classifier.bins(["a"])  # none of the last two visits
+    array([0])
+    """
+
+    window: int = 100
+
+    def __post_init__(self) -> None:
+        check_number("window", self.window, 1, 65535)
+        object.__setattr__(self, "window", integer("window", self.window, 1))
+
+    def arrays(self, rows: int) -> Memory:
+        """How many visits are known, and which of them had a correct rollout: the latest in bit 0 of word 0."""
+        words = -(-self.window // 64)
+        return {"visits": np.zeros(rows, dtype=np.uint16), "hits": np.zeros((rows, words), dtype=np.uint64)}
+
+    def observe(self, memory: Memory, rows: Ints, correct: Floats) -> None:
+        """Shift a visit in."""
+        hits = memory["hits"][rows]  # (n, words)
+        carry = np.concatenate([(correct > 0).astype(np.uint64)[:, None], hits[:, :-1] >> 63], axis=1)
+        hits = hits << 1 | carry
+        hits[:, -1] &= np.uint64(2 ** ((self.window - 1) % 64 + 1) - 1)
+        memory["hits"][rows] = hits
+        memory["visits"][rows] = np.minimum(memory["visits"][rows] + np.int64(1), self.window)
+
+    def estimate(self, a: Floats, b: Floats, memory: Memory) -> Floats:
+        """See `Statistic.estimate`."""
+        hits: Ints = np.bitwise_count(memory["hits"]).sum(axis=1, dtype=np.int64)
+        return np.asarray(hits / memory["visits"].astype(np.float64))
+
+    def check(self, memory: Memory) -> None:
+        """No hit lies before the first visit."""
+        visits = integers("visits", memory["visits"], (-1,), 1, self.window)
+        for word, hits in enumerate(memory["hits"].T):
+            if (hits >> np.clip(visits - 64 * word, 0, 64).astype(np.uint64)).any():
+                raise ValueError(f"hits must be 0 before the first of the visits, got {hits.max():#x} in word {word}")
 
 
 class PublishedPromptGDRO:
@@ -279,7 +341,7 @@ class PublishedController:
         seed: int = 0,
     ) -> None:
         edges, hysteresis = equal_edges(num_bins), min(0.03, 0.3 / num_bins)
-        self.classifier = OnlineDifficultyClassifier(edges, "any", window=100 if prompt else 50, hysteresis=hysteresis)
+        self.classifier = OnlineDifficultyClassifier(edges, AnyOfN(100 if prompt else 50), hysteresis=hysteresis)
         self.prompt = PublishedPromptGDRO(num_bins) if prompt else None
         self.rollout = PublishedRolloutGDRO(num_bins, mean_rollouts, min_rollouts, max_rollouts) if rollout else None
         self.mean_rollouts = integer("mean_rollouts", mean_rollouts, 1)

@@ -78,7 +78,7 @@ def test_rooms_import_downwards():
         assert rooms <= allowed, f"{name} imports {sorted(rooms - allowed)}"
 
 
-CHOOSERS = ("controller", "published", "prompt_game", "adversaries", "rollout_game", "utilities")
+CHOOSERS = ("controller", "published", "difficulty", "prompt_game", "adversaries", "rollout_game", "utilities")
 
 
 @pytest.mark.parametrize("module", CHOOSERS)

@@ -13,7 +13,7 @@ from itertools import product
 import numpy as np
 from matplotlib.figure import Figure
 
-from gdro_core import GDROController, OnlineDifficultyClassifier, PromptGDRO, RolloutGDRO
+from gdro_core import AnyOfN, GDROController, OnlineDifficultyClassifier, PromptGDRO, RolloutGDRO
 from gdro_llm.intervals import mean_interval
 from simulations.harness import Row, Verdict
 
@@ -37,7 +37,7 @@ COUNTS = (2, 3, 4, 6, 8, 12)
 
 def _classifier(statistic: str) -> OnlineDifficultyClassifier:
     if statistic == "any":
-        return OnlineDifficultyClassifier(statistic="any", window=50)
+        return OnlineDifficultyClassifier(statistic=AnyOfN(50))
     return OnlineDifficultyClassifier(discount=float(statistic.split()[-1]))
 
 

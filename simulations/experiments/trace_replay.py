@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.special import comb
 
-from gdro_core import HIT, MIXED, VARIANCE, OnlineDifficultyClassifier, RolloutGDRO, Utility
+from gdro_core import HIT, MIXED, VARIANCE, AnyOfN, OnlineDifficultyClassifier, PassAtK, RolloutGDRO, Utility
 from gdro_llm.intervals import mean_interval
 from simulations.harness import Row, Verdict
 
@@ -51,8 +51,8 @@ CLASSIFIERS: dict[str, dict[str, Any]] = {
     "d 1": {"discount": 1.0},
     "d .8, hysteresis .03": {"hysteresis": 0.03},
     "confidence .1": {"discount": 1.0, "confidence": 0.1},
-    "pass@8": {"statistic": "pass@k"},
-    "published: any of 8": {"statistic": "any", "window": 100, "hysteresis": 0.03},
+    "pass@8": {"statistic": PassAtK(8)},
+    "published: any of 8": {"statistic": AnyOfN(100), "hysteresis": 0.03},
 }
 ALLOCATORS = {"uniform": VARIANCE, "null": VARIANCE, "Neyman": VARIANCE, "mixed": MIXED, "hit": HIT}
 

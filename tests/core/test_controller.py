@@ -18,6 +18,7 @@ from gdro_core import (
     GDROController,
     Observation,
     OnlineDifficultyClassifier,
+    PassAtK,
     Planner,
     PromptGDRO,
     PublishedController,
@@ -31,7 +32,7 @@ PASS_RATE = np.linspace(0.02, 0.98, 40)
 def joint_bins(seed=0):
     """Every option away from its default, with both games on bins."""
     return GDROController(
-        OnlineDifficultyClassifier([0.2, 0.5, 0.8], "pass@k", k=2, hysteresis=0.02),
+        OnlineDifficultyClassifier([0.2, 0.5, 0.8], PassAtK(2), hysteresis=0.02),
         PromptGDRO(4, payoff=LEARNABILITY, uniform_reference=True, exploration=0.1),
         RolloutGDRO(4, 2, 12, MIXED, per_bin=True),
         seed=seed,

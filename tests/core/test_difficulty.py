@@ -6,6 +6,7 @@ import io
 import json
 from base64 import b64decode, b64encode
 from collections import deque
+from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
@@ -16,7 +17,7 @@ from scipy.integrate import quad
 from scipy.special import xlog1py, xlogy
 from scipy.stats import beta, binom
 
-from gdro_core import OnlineDifficultyClassifier
+from gdro_core import AnyOfN, OnlineDifficultyClassifier, PassAtK, PassRate, Statistic
 
 EDGES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
 MIXED_IDS = ["a", 1, ("aime", 3), None, 2.5, b"x", frozenset({1})]
@@ -28,7 +29,7 @@ class SlowPrompt:
     def __init__(self, classifier):
         self.of, self.bin = classifier, -1
         self.a = self.b = 0.0
-        self.hits = deque(maxlen=classifier.window)
+        self.hits = deque(maxlen=getattr(classifier.statistic, "window", None))
 
     def observe(self, correct, trials):
         self.a = self.of.discount * self.a + correct
@@ -45,24 +46,28 @@ class SlowPrompt:
 
     def estimate(self):
         a, b = self.of.prior[0] + self.a, self.of.prior[1] + self.b
-        if self.of.statistic == "any":
+        if isinstance(self.of.statistic, AnyOfN):
             return sum(self.hits) / len(self.hits)
-        if self.of.statistic == "pass_rate":
+        if self.of.statistic == PassRate():
             return a / (a + b)
         none_right = 1.0
-        for j in range(self.of.k):
+        for j in range(self.of.statistic.k):
             none_right *= (b + j) / (a + b + j)
         return 1.0 - none_right
 
 
 @pytest.mark.parametrize("hysteresis", [0.0, 0.03])
-@pytest.mark.parametrize("statistic", ["pass_rate", "pass@k", "any"])
+@pytest.mark.parametrize("statistic", [PassRate, lambda: PassAtK(3), AnyOfN], ids=["PassRate", "PassAtK", "AnyOfN"])
 @given(seed=st.integers(0, 2**32 - 1), discount=st.sampled_from([0.5, 0.9, 1.0]), window=st.integers(1, 5))
 def test_agrees_with_a_slow_reference(statistic, hysteresis, seed, discount, window):
     """Bins and posteriors after every batch: mixed ids, partial credit, n = 0, any order, both directions of moves."""
     rng = np.random.default_rng(seed)
     classifier = OnlineDifficultyClassifier(
-        EDGES, statistic, k=3, discount=discount, prior=(0.7, 1.3), window=window, hysteresis=hysteresis
+        EDGES,
+        AnyOfN(window) if statistic is AnyOfN else statistic(),
+        discount=discount,
+        prior=(0.7, 1.3),
+        hysteresis=hysteresis,
     )
     slow = {name: SlowPrompt(classifier) for name in MIXED_IDS}
     for _ in range(12):
@@ -89,7 +94,7 @@ def test_agrees_with_a_slow_reference(statistic, hysteresis, seed, discount, win
 )
 def test_hysteresis_holds_a_prompt_in_both_directions(hits, bins):
     """F5: a prompt moves to harder and to easier bins, each once its estimate passes the edge by δ = .1."""
-    classifier = OnlineDifficultyClassifier([0.5], "any", hysteresis=0.1)
+    classifier = OnlineDifficultyClassifier([0.5], AnyOfN(), hysteresis=0.1)
     passed = []
     for hit in hits:
         classifier.observe(["x"], [hit], [4])
@@ -105,7 +110,7 @@ def test_pass_at_k_is_the_posterior_mean(a, b, k):
     for offset, wanted in ((-1e-6, 1), (1e-6, 0)):
         edge = expected + offset
         if 0.0 < edge < 1.0:
-            classifier = OnlineDifficultyClassifier([edge], "pass@k", k=k, prior=(a / 2, b / 2))
+            classifier = OnlineDifficultyClassifier([edge], PassAtK(k), prior=(a / 2, b / 2))
             classifier.observe(["x"], [a / 2], [a / 2 + b / 2])
             assert classifier.bins(["x"]).tolist() == [wanted]
 
@@ -124,7 +129,7 @@ def test_expected_pass_rate_depends_on_n_by_shrinkage_only(p):
             classifier.observe(range(n + 1), hits, np.full(n + 1, n))
             bias = chance @ classifier.pass_rate(range(n + 1)) - p
             assert bias == pytest.approx((a0 + b0) / (a0 + b0 + n) * (a0 / (a0 + b0) - p), abs=1e-12)
-        published = OnlineDifficultyClassifier([0.5], "any")
+        published = OnlineDifficultyClassifier([0.5], AnyOfN())
         published.observe(range(n + 1), hits, np.full(n + 1, n))
         assert chance @ published.bins(range(n + 1)) == pytest.approx(1 - (1 - p) ** n)
 
@@ -134,7 +139,7 @@ def test_the_window_holds_the_last_visits(window):
     """Any-of-n (Eq. 10): the share of hits among the last H visits, also when H takes several words of bits."""
     rng = np.random.default_rng(window)
     edges = np.arange(1, 2 * window, 2) / (2 * window)  # a bin for each number of hits once H visits are there
-    classifier = OnlineDifficultyClassifier(edges, "any", window=window)
+    classifier = OnlineDifficultyClassifier(edges, AnyOfN(window))
     visits = {name: deque(maxlen=window) for name in range(5)}
     for _ in range(3 * window + 5):
         ids = rng.permutation(5)[:3]
@@ -287,7 +292,7 @@ def test_questions_and_refused_batches_leave_the_state_as_it_was():
             assert classifier.state_dict() == before
 
 
-@pytest.mark.parametrize("statistic", ["pass_rate", "pass@k", "any"])
+@pytest.mark.parametrize("statistic", [PassRate(), PassAtK(8), AnyOfN()], ids=str)
 def test_memory_is_at_most_40_bytes_a_prompt(statistic):
     """Streams of new prompts, spare rows included; the published window of 100 too."""
     classifier = OnlineDifficultyClassifier(statistic=statistic)
@@ -443,8 +448,8 @@ def batches(rng, names):
 
 OPTIONS = {
     "pass_rate": {"hysteresis": 0.03},
-    "pass@k": {"statistic": "pass@k", "k": 3},
-    "any": {"statistic": "any", "window": 70, "hysteresis": 0.03},
+    "pass@k": {"statistic": PassAtK(3)},
+    "any": {"statistic": AnyOfN(70), "hysteresis": 0.03},
     "confidence": {"confidence": 0.1, "discount": 1.0},
 }
 NAMES = {
@@ -485,12 +490,12 @@ def test_state_round_trips_through_json(options, names):
 def test_state_round_trips_through_torch(names):
     """`torch.load(weights_only=True)`, its default, takes the state."""
     torch = pytest.importorskip("torch")
-    classifier = OnlineDifficultyClassifier(EDGES, "any")
+    classifier = OnlineDifficultyClassifier(EDGES, AnyOfN())
     classifier.observe(*next(batches(np.random.default_rng(0), NAMES[names])))
     file = io.BytesIO()
     torch.save(classifier.state_dict(), file)
     file.seek(0)
-    restored = OnlineDifficultyClassifier(EDGES, "any")
+    restored = OnlineDifficultyClassifier(EDGES, AnyOfN())
     restored.load_state_dict(torch.load(file, weights_only=True))
     assert restored.state_dict() == classifier.state_dict()
 
@@ -507,7 +512,7 @@ def test_ids_that_json_cannot_keep_are_refused_when_saved(name):
 
 def test_state_is_compact():
     """18 bytes a prompt and 8 an integer id (36 with any-of-100), times 4/3 for base64, whatever came before."""
-    for statistic, size in (("pass_rate", 26), ("any", 44)):
+    for statistic, size in ((PassRate(), 26), (AnyOfN(), 44)):
         classifier = OnlineDifficultyClassifier(statistic=statistic)
         classifier.observe(range(3000), np.ones(3000), np.ones(3000))
         assert len(json.dumps(classifier.state_dict())) < 3000 * size * 4 / 3 + 1000
@@ -522,7 +527,7 @@ def packed(kind, *values):
     [
         ({"version": 1}, "version = 1"),
         ({"edges": [0.5]}, "edges = .0.5."),
-        ({"statistic": "any"}, "statistic = 'any'"),
+        ({"statistic": {"name": "AnyOfN", "window": 100}}, "statistic = .*'AnyOfN'"),
         ({"discount": 0.9}, "discount = 0.9"),
         ({"hysteresis": 0.01}, "hysteresis = 0.01"),
         ({"confidence": 0.1}, "confidence = 0.1"),
@@ -552,7 +557,7 @@ def test_state_of_another_shape_is_refused(change, message):
     assert classifier.state_dict() == before
 
 
-@pytest.mark.parametrize("statistic", ["pass_rate", "any"])
+@pytest.mark.parametrize("statistic", [PassRate(), AnyOfN()], ids=str)
 def test_a_state_that_lacks_a_key_is_refused(statistic):
     """Each key of a state is needed, and the message names it."""
     classifier = OnlineDifficultyClassifier(EDGES, statistic)
@@ -577,7 +582,7 @@ def test_a_state_that_lacks_a_key_is_refused(statistic):
 )
 def test_a_damaged_window_is_refused(change, message):
     """Any-of-n holds 1 to H visits, and a hit only where there was a visit."""
-    classifier = OnlineDifficultyClassifier(EDGES, "any", window=70)
+    classifier = OnlineDifficultyClassifier(EDGES, AnyOfN(70))
     classifier.observe(["x"], [1], [4])
     before = classifier.state_dict()
     with pytest.raises(ValueError, match=message):
@@ -587,7 +592,7 @@ def test_a_damaged_window_is_refused(change, message):
 
 def test_arrays_are_saved_as_little_endian_bytes():
     """The layout, so that a state can be read without this package."""
-    classifier = OnlineDifficultyClassifier([0.5], "any", window=70, discount=1.0)
+    classifier = OnlineDifficultyClassifier([0.5], AnyOfN(70), discount=1.0)
     classifier.observe(np.array([7, -2]), [4, 0], [4, 3])
     classifier.observe(np.array([-2]), [1], [3])
     saved = classifier.state_dict()
@@ -612,21 +617,21 @@ def test_arrays_are_saved_as_little_endian_bytes():
         ({"edges": [0.5, 0.5]}, "edges must increase strictly"),
         ({"edges": [0.5, 1.5]}, "edges must hold .*1.5"),
         ({"edges": np.linspace(0, 1, 40001)[1:-1]}, "edges must hold at most 32766 values, got 39999"),
-        ({"statistic": "mean"}, "statistic must be one of .*'mean'"),
-        ({"k": 0}, "k must be an integer >= 1, got 0"),
+        ({"statistic": "mean"}, r"statistic must be an object such as gdro_core.PassRate\(\), got 'mean'"),
         ({"discount": 0.0}, r"discount must lie in \(0, 1\], got 0.0"),
         ({"discount": 1.1}, "discount must lie in .*1.1"),
         ({"prior": (0.0, 1.0)}, r"prior\[0\] must lie in"),
         ({"prior": (1.0, np.inf)}, r"prior\[1\] must lie in .*inf"),
-        ({"window": 0}, "window must be an integer >= 1, got 0"),
-        ({"window": 65536}, r"window must lie in \[1, 65535\], got 65536"),
         ({"hysteresis": -0.1}, "hysteresis must lie in .*-0.1"),
         ({"edges": [0.2, 0.9], "hysteresis": 0.05}, "hysteresis must be below half the narrowest bin .0.05., got 0.05"),
         ({"confidence": 0.0, "discount": 1.0}, r"confidence must lie in \(0, 1\) or be None, got 0.0"),
         ({"confidence": 1.0, "discount": 1.0}, "confidence must lie in .*1.0"),
         ({"confidence": np.nan, "discount": 1.0}, "confidence must lie in .*nan"),
         ({"confidence": 0.1}, "discount must be 1.0 with confidence, got 0.8"),
-        ({"confidence": 0.1, "discount": 1, "statistic": "any"}, "statistic must be 'pass_rate' with .*got 'any'"),
+        (
+            {"confidence": 0.1, "discount": 1, "statistic": AnyOfN()},
+            r"statistic must be PassRate\(\) with .*got AnyOfN",
+        ),
         ({"confidence": 0.1, "discount": 1, "hysteresis": 0.01}, "hysteresis must be 0.0 with confidence, got 0.01"),
     ],
 )
@@ -664,3 +669,43 @@ def test_observe_refuses(ids, correct, trials, message):
     with pytest.raises(ValueError, match=message):
         classifier.observe(ids, correct, trials)
     assert classifier.state_dict() == before
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: PassAtK(0), "k must be an integer >= 1, got 0"),
+        (lambda: AnyOfN(0), r"window must lie in \[1, 65535\], got 0"),
+        (lambda: AnyOfN(65536), r"window must lie in \[1, 65535\], got 65536"),
+        (lambda: AnyOfN(1.5), "window must be an integer >= 1, got 1.5"),
+    ],
+)
+def test_a_statistic_refuses(build, message):
+    """Errors name argument, rule and value."""
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_a_statistic_of_your_own_needs_no_other_edit():
+    """The share of batches that were solved in full, with an array of its own: one object, saved and loaded as well."""
+
+    @dataclass(frozen=True)
+    class SolvedLast(Statistic):
+        def arrays(self, rows):
+            return {"solved": np.zeros(rows)}
+
+        def observe(self, memory, rows, correct):
+            memory["solved"][rows] = correct >= 4
+
+        def estimate(self, a, b, memory):
+            return memory["solved"]
+
+    classifier = OnlineDifficultyClassifier([0.5], SolvedLast())
+    classifier.observe(["a", "b"], [4, 3], [4, 4])
+    assert classifier.bins(["a", "b"]).tolist() == [1, 0]
+    again = OnlineDifficultyClassifier([0.5], SolvedLast())
+    again.load_state_dict(json.loads(json.dumps(classifier.state_dict())))
+    again.observe(["b"], [4], [4])
+    assert again.bins(["a", "b"]).tolist() == [1, 1]
+    with pytest.raises(ValueError, match=r"statistic = .*'SolvedLast'"):
+        OnlineDifficultyClassifier([0.5]).load_state_dict(classifier.state_dict())

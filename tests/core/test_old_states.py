@@ -98,7 +98,7 @@ def test_the_bandit_of_version_1_continues_bit_for_bit():
     ("name", "other", "message"),
     [
         ("recommended, prompt only", "published prompt", "joint = False"),
-        ("published prompt", "recommended, prompt only", "statistic = 'pass_rate'"),
+        ("published prompt", "recommended, prompt only", "statistic = .*'PassRate'"),
         ("recommended", "recommended, prompt only", "mean_rollouts = 4, this one needs None"),
         ("recommended", "cvar", "seed = 1"),
         ("cvar", "chi-square", "rollout = .*'hit'"),

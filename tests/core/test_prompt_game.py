@@ -27,6 +27,7 @@ from gdro_core import (
     cvar,
     prompt_payoff,
 )
+from gdro_core._validate import dials
 
 SEEDS = st.integers(0, 2**32 - 1)
 UNIFORM = {"uniform_reference": True}
@@ -316,8 +317,8 @@ def test_state_round_trips_through_json(options):
     [
         ({}, {"version": 0}, "version = 0"),
         ({}, {"num_bins": 5}, "num_bins = 5"),
-        ({}, {"adversary": Entropic(1.0).settings()}, "adversary = .*1.0"),
-        ({}, {"adversary": CVaR(0.5).settings()}, "adversary = .*CVaR"),
+        ({}, {"adversary": dials(Entropic(1.0))}, "adversary = .*1.0"),
+        ({}, {"adversary": dials(CVaR(0.5))}, "adversary = .*CVaR"),
         ({}, {"payoff": "learnability"}, "payoff = 'learnability'"),
         ({}, {"share": [0, 0, 0, np.nan]}, "share must hold .*nan"),
         ({}, {"share_weight": -1.0}, "share_weight must lie in .*-1"),

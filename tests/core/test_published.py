@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from gdro_core import (
+    AnyOfN,
     PromptGDRO,
     PublishedController,
     PublishedPromptGDRO,
@@ -252,14 +253,14 @@ def test_published_has_the_papers_hyper_parameters():
     controller = PublishedController(4, rollout=True)
     state = controller.state_dict()
     for part, expected in {
-        "classifier": {"statistic": "any", "window": 100, "hysteresis": 0.03},
+        "classifier": {"statistic": {"name": "AnyOfN", "window": 100}, "hysteresis": 0.03},
         "prompt": {"step_size": 0.65, "ema": 0.12, "exploration": 0.01, "max_weight": 15.0},
         "rollout": {"min_rollouts": 2, "max_rollouts": 12, "step_size": 0.65, "exploration": 0.01, "ema": 0.4},
     }.items():
         assert expected.items() <= state[part].items()
     assert state["prompt"]["share_normalised"]
     assert controller.rollout.shadow_price.step_size == 0.05
-    assert PublishedController(4, prompt=False, rollout=True).classifier.window == 50
+    assert PublishedController(4, prompt=False, rollout=True).classifier.statistic == AnyOfN(50)
 
 
 @pytest.mark.parametrize("games", [{"prompt": True, "rollout": False}, {"prompt": False, "rollout": True}])
