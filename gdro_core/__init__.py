@@ -61,13 +61,14 @@ from gdro_core.theory.regret import (
     tracking_complexity,
     tsallis_inf_bound,
 )
-from gdro_core.utilities import HIT, MIXED, VARIANCE, Utility, rollout_utility
+from gdro_core.utilities import HIT, MIXED, UTILITIES, VARIANCE, Utility, rollout_utility
 
 __all__ = [
     "ERROR",
     "HIT",
     "LEARNABILITY",
     "MIXED",
+    "UTILITIES",
     "VARIANCE",
     "Adversary",
     "AnyOfN",

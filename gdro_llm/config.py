@@ -21,6 +21,7 @@ from typing import Any, Self, get_type_hints
 from pydantic import ConfigDict, ModelWrapValidatorHandler, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
+from gdro_core import UTILITIES
 from gdro_llm.training.losses import LOSSES
 
 PRESETS = Path(__file__).parent / "presets"
@@ -152,7 +153,7 @@ class Config:
     adversary_step: float = _controller(2.0, "how far the entropic adversary goes (eta)", ge=0.0)
     cvar_alpha: float = _controller(0.5, "share of the prompts in the tail of the cvar adversary", gt=0, le=1)
     chi_square_rho: float = _controller(0.5, "radius of the chi-square adversary", ge=0.0)
-    utility: str = _controller("variance", "of the recommended rollouts", ("variance", "mixed", "hit"))
+    utility: str = _controller("variance", "of the recommended rollouts", tuple(UTILITIES))
 
     engine: str = _sampling("hf", "transformers, or vLLM in this process", ("hf", "vllm"), evaluation=True)
     vllm_memory: float = _sampling(

@@ -64,6 +64,9 @@ def test_packages_import_in_one_direction():
         packages = {other.partition(".")[0] for other in others} - {name.partition(".")[0]}
         if name.startswith("gdro_core"):
             assert packages == set(), name
+        else:
+            private = {o for o in others if o.startswith("gdro_core.")}
+            assert private == set(), f"{name} imports {sorted(private)}, not names of gdro_core"
         assert "simulations" not in packages, name
 
 

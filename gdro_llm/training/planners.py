@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from gdro_core import (
+    UTILITIES,
     Adversary,
     ChiSquare,
     CVaR,
@@ -22,7 +23,6 @@ from gdro_core import (
     gradient_weight,
     nearest_to_half,
 )
-from gdro_core.utilities import UTILITIES
 from gdro_llm.config import Config, UsageError
 
 CANDIDATES = 4  # prompts that "mopps" chooses each of its own from
