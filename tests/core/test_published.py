@@ -131,6 +131,14 @@ def test_huge_losses_neither_overflow_nor_vanish(scale):
         assert game.probabilities.sum() == pytest.approx(1.0)
 
 
+def test_a_share_below_a_hundredth_counts_as_a_hundredth():
+    """One prompt of 1,000 has its loss multiplied by 100, not by 1,000; one of 50 by 50."""
+    for others, factor in ((999, 100.0), (49, 50.0)):
+        game = PublishedPromptGDRO(3)
+        game.observe([0] * others + [1], [0.0] * others + [0.005])
+        assert game.scores[1] == pytest.approx(0.12 * 0.005 * factor)
+
+
 def test_a_missing_bin_keeps_its_score_and_unseen_prompts_teach_nothing():
     """Only bins of the batch move."""
     game = PublishedPromptGDRO(3)
