@@ -25,7 +25,7 @@ from gdro_core._validate import (
     number,
 )
 
-Memory = dict[str, NDArray[Any]]  # arrays with a row a prompt
+Arrays = dict[str, NDArray[Any]]  # a row a prompt
 
 
 def equal_edges(num_bins: int) -> Floats:
@@ -49,17 +49,17 @@ class Statistic(ABC):
     """
 
     @abstractmethod
-    def estimate(self, a: Floats, b: Floats, memory: Memory) -> Floats:
+    def estimate(self, a: Floats, b: Floats, memory: Arrays) -> Floats:
         """(N,) estimates, from the (N,) parameters of the Beta posteriors and the rows of the statistic's arrays."""
 
-    def arrays(self, rows: int) -> Memory:
+    def arrays(self, rows: int) -> Arrays:
         """Arrays besides the posterior's, for so many unseen prompts."""
         return {}
 
-    def observe(self, memory: Memory, rows: Ints, correct: Floats) -> None:  # noqa: B027  # most have no arrays
+    def observe(self, memory: Arrays, rows: Ints, correct: Floats) -> None:  # noqa: B027  # most have no arrays
         """Update the statistic's arrays at the (N,) rows of a batch, of which so many rollouts were correct."""
 
-    def check(self, memory: Memory) -> None:  # noqa: B027
+    def check(self, memory: Arrays) -> None:  # noqa: B027
         """Raise ValueError where loaded arrays contradict each other."""
 
 
@@ -71,7 +71,7 @@ class PassRate(Statistic):
     array([0.75])
     """
 
-    def estimate(self, a: Floats, b: Floats, memory: Memory) -> Floats:
+    def estimate(self, a: Floats, b: Floats, memory: Arrays) -> Floats:
         """See `Statistic.estimate`."""
         return a / (a + b)
 
@@ -89,7 +89,7 @@ class PassAtK(Statistic):
     def __post_init__(self) -> None:
         object.__setattr__(self, "k", integer("k", self.k, 1))
 
-    def estimate(self, a: Floats, b: Floats, memory: Memory) -> Floats:
+    def estimate(self, a: Floats, b: Floats, memory: Arrays) -> Floats:
         """See `Statistic.estimate`."""
         none_right = np.ones(a.size)
         for j in range(self.k):
@@ -291,7 +291,7 @@ class OnlineDifficultyClassifier:
         shape = {"edges": self.edges.tolist(), "prior": list(self.prior), "statistic": dials(self.statistic)}
         return {"version": 3, **shape, **settings}
 
-    def _unseen(self, rows: int) -> Memory:
+    def _unseen(self, rows: int) -> Arrays:
         """Arrays of unseen prompts. The last one is never updated: row −1 reads it."""
         bins = np.full(rows, -1, dtype=np.int16)
         return {"successes": np.zeros(rows), "failures": np.zeros(rows), "bin": bins, **self.statistic.arrays(rows)}

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from gdro_core._budget import checked_bounds, played_arms, split_budget
+from gdro_core._budget import CountsPerBin
 from gdro_core._old_states import published_controller_1, published_prompt_2, published_rollout_1
 from gdro_core._validate import (
     Floats,
@@ -32,7 +32,7 @@ from gdro_core._validate import (
 )
 from gdro_core.ambiguity import entropic
 from gdro_core.controller import Observation, Plan
-from gdro_core.difficulty import Memory, OnlineDifficultyClassifier, Statistic, equal_edges
+from gdro_core.difficulty import Arrays, OnlineDifficultyClassifier, Statistic, equal_edges
 from gdro_core.theory.paths import exact_budget_allocation
 from gdro_core.theory.price import ShadowPrice
 
@@ -62,12 +62,12 @@ class AnyOfN(Statistic):
         check_number("window", self.window, 1, 65535)
         object.__setattr__(self, "window", integer("window", self.window, 1))
 
-    def arrays(self, rows: int) -> Memory:
+    def arrays(self, rows: int) -> Arrays:
         """How many visits are known, and which of them had a correct rollout: the latest in bit 0 of word 0."""
         words = -(-self.window // 64)
         return {"visits": np.zeros(rows, dtype=np.uint16), "hits": np.zeros((rows, words), dtype=np.uint64)}
 
-    def observe(self, memory: Memory, rows: Ints, correct: Floats) -> None:
+    def observe(self, memory: Arrays, rows: Ints, correct: Floats) -> None:
         """Shift a visit in."""
         hits = memory["hits"][rows]  # (n, words)
         carry = np.concatenate([(correct > 0).astype(np.uint64)[:, None], hits[:, :-1] >> 63], axis=1)
@@ -76,12 +76,12 @@ class AnyOfN(Statistic):
         memory["hits"][rows] = hits
         memory["visits"][rows] = np.minimum(memory["visits"][rows] + np.int64(1), self.window)
 
-    def estimate(self, a: Floats, b: Floats, memory: Memory) -> Floats:
+    def estimate(self, a: Floats, b: Floats, memory: Arrays) -> Floats:
         """See `Statistic.estimate`."""
         hits: Ints = np.bitwise_count(memory["hits"]).sum(axis=1, dtype=np.int64)
         return np.asarray(hits / memory["visits"].astype(np.float64))
 
-    def check(self, memory: Memory) -> None:
+    def check(self, memory: Arrays) -> None:
         """No hit lies before the first visit."""
         visits = integers("visits", memory["visits"], (-1,), 1, self.window)
         for word, hits in enumerate(memory["hits"].T):
@@ -182,7 +182,7 @@ class PublishedPromptGDRO:
         return {"version": 3, **{name: getattr(self, name) for name in names}}
 
 
-class PublishedRolloutGDRO:
+class PublishedRolloutGDRO(CountsPerBin):
     r"""A score of each count n per bin, and the feasible allocation of greatest probability (§3.3, App. A).
 
         S_b(n) <- (1 - beta) S_b(n) - beta (l_b + mu n)    at the count played (Eq. 20)
@@ -220,24 +220,11 @@ class PublishedRolloutGDRO:
         ema: float = 0.4,
         price_step_size: float = 0.05,
     ) -> None:
-        self.num_bins = integer("num_bins", num_bins, 1)
-        bounds = checked_bounds("", mean_rollouts, min_rollouts, max_rollouts, fewest=1)
-        self.mean_rollouts, self.min_rollouts, self.max_rollouts = bounds
+        super().__init__(num_bins, mean_rollouts, min_rollouts, max_rollouts)
         self.step_size = number("step_size", step_size, 0.0)
         self.exploration = number("exploration", exploration, 0.0, 1.0)
         self.ema = number("ema", ema, 0.0, 1.0, open_low=True)
         self.shadow_price = ShadowPrice(self.mean_rollouts, price_step_size)
-        self._scores = np.zeros((self.num_bins, self.arms.size))  # minus averaged losses
-
-    @property
-    def arms(self) -> Ints:
-        """(A,) the counts n_min, ..., n_max."""
-        return np.arange(self.min_rollouts, self.max_rollouts + 1)
-
-    @property
-    def arm_probabilities(self) -> Floats:
-        """(B, A) p_b(n)."""
-        return np.asarray(np.exp(self._log_arm_probabilities))
 
     @property
     def _log_arm_probabilities(self) -> Floats:
@@ -247,26 +234,8 @@ class PublishedRolloutGDRO:
             log_exploit, log_explore = np.log(1.0 - self.exploration), np.log(self.exploration / self.arms.size)
         return np.asarray(np.logaddexp(log_exploit + log_softmax, log_explore))
 
-    def counts(self, bins: ArrayLike, *, rng: np.random.Generator | None = None) -> Ints:
-        """Rollouts of each prompt of a batch.
-
-        Args:
-            bins: (N,) in −1..B − 1; prompts never seen (−1) get n_bar.
-            rng: breaks ties at random.
-
-        Returns:
-            (N,) integers in n_min..n_max with sum n_bar N.
-
-        Raises:
-            ValueError: n_bar N is no integer, or no choice per bin meets the budget.
-        """
-        group = integers("bins", bins, (-1,), -1, self.num_bins - 1)
-        counts, seen, budget = split_budget(group, self.mean_rollouts)
-        if seen.size:
-            present, member, size = np.unique(group[seen], return_inverse=True, return_counts=True)
-            log_p = self._log_arm_probabilities[present]
-            counts[seen] = exact_budget_allocation(log_p, size, budget, min_rollouts=self.min_rollouts, rng=rng)[member]
-        return counts
+    def _choose(self, log_p: Floats, size: Ints, budget: int, rng: np.random.Generator | None) -> Ints:
+        return exact_budget_allocation(log_p, size, budget, min_rollouts=self.min_rollouts, rng=rng)
 
     def observe(self, bins: ArrayLike, counts: ArrayLike, losses: ArrayLike) -> None:
         """Take the prompt losses of an update.
@@ -279,12 +248,9 @@ class PublishedRolloutGDRO:
         Raises:
             ValueError: a bad argument; nothing has changed then.
         """
-        group = integers("bins", bins, (-1,), -1, self.num_bins - 1)
-        n = integers("counts", counts, group.shape, self.min_rollouts, self.max_rollouts)
-        present, _, played, mean_loss = played_arms(group, n, floats("losses", losses, group.shape))
-        arm = (present, played - self.min_rollouts)
-        arm_loss = mean_loss + self.shadow_price.price * played  # Eq. 20
-        self._scores[arm] += self.ema * (-arm_loss - self._scores[arm])
+        n, played, _, mean_loss = self._played(bins, counts, losses)
+        arm_loss = mean_loss + self.shadow_price.price * self.arms[played[1]]  # Eq. 20
+        self._scores[played] += self.ema * (-arm_loss - self._scores[played])
         self.shadow_price.update(float(n.mean()))
 
     def state_dict(self) -> dict[str, Any]:

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from gdro_core._budget import checked_bounds, played_arms, split_budget
+from gdro_core._budget import CountsPerBin
 from gdro_core._old_states import exact_play_1
-from gdro_core._validate import Floats, Ints, check_state, floats, integer, integers, number
+from gdro_core._validate import Floats, Ints, check_state, floats, integer, number
 from gdro_core.theory.paths import allocation_marginals, path_learning_rate, sample_budget_allocation
 
 
-class ExactPlay:
+class ExactPlay(CountsPerBin):
     r"""One rollout count per bin, drawn under the exact budget, learnt from the losses of the counts played alone.
 
         P(n) ∝ exp(-eta sum_b sum_s l^_s(b, n_b))    over    sum_b c_b n_b = n_bar N,   n_b in n_min..n_max
@@ -52,23 +52,10 @@ class ExactPlay:
         step_size: float | None = None,
         loss_bound: float = 1.0,
     ) -> None:
-        self.num_bins = integer("num_bins", num_bins, 1)
-        bounds = checked_bounds("", mean_rollouts, min_rollouts, max_rollouts, fewest=1)
-        self.mean_rollouts, self.min_rollouts, self.max_rollouts = bounds
+        super().__init__(num_bins, mean_rollouts, min_rollouts, max_rollouts)
         self.step_size = None if step_size is None else number("step_size", step_size, 0.0)
         self.loss_bound = number("loss_bound", loss_bound, 0.0, open_low=True)
-        self._scores = np.zeros((self.num_bins, self.arms.size))  # minus summed estimates of the losses
-        self._rounds = 0
-
-    @property
-    def arms(self) -> Ints:
-        """(A,) the counts n_min, ..., n_max."""
-        return np.arange(self.min_rollouts, self.max_rollouts + 1)
-
-    @property
-    def arm_probabilities(self) -> Floats:
-        """(B, A) p_b(n); a draw is of their product, given that the budget is met."""
-        return np.asarray(np.exp(self._log_arm_probabilities))
+        self._rounds = 0  # whose estimated losses are summed up, negative, in the scores
 
     @property
     def _log_arm_probabilities(self) -> Floats:
@@ -78,27 +65,10 @@ class ExactPlay:
         logits = rate * self._scores
         return np.asarray(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
 
-    def counts(self, bins: ArrayLike, *, rng: np.random.Generator) -> Ints:
-        """Draw the rollouts of each prompt of a batch.
-
-        Args:
-            bins: (N,) in −1..B − 1; prompts never seen (−1) get n_bar.
-            rng: draws.
-
-        Returns:
-            (N,) integers in n_min..n_max with sum n_bar N.
-
-        Raises:
-            ValueError: n_bar N is no integer, or no choice per bin meets the budget.
-        """
-        group = integers("bins", bins, (-1,), -1, self.num_bins - 1)
-        counts, seen, budget = split_budget(group, self.mean_rollouts)
-        if seen.size:
-            present, member, size = np.unique(group[seen], return_inverse=True, return_counts=True)
-            log_p = self._log_arm_probabilities[present]
-            of_bin, _ = sample_budget_allocation(log_p, size, budget, min_rollouts=self.min_rollouts, rng=rng)
-            counts[seen] = of_bin[member]
-        return counts
+    def _choose(self, log_p: Floats, size: Ints, budget: int, rng: np.random.Generator | None) -> Ints:
+        if rng is None:
+            raise ValueError("rng must be given, to draw the counts, got None")
+        return sample_budget_allocation(log_p, size, budget, min_rollouts=self.min_rollouts, rng=rng)[0]
 
     def observe(self, bins: ArrayLike, counts: ArrayLike, losses: ArrayLike) -> None:
         """Take the prompt losses of an update.
@@ -111,18 +81,16 @@ class ExactPlay:
         Raises:
             ValueError: a bad argument, or counts that the present state cannot have drawn; nothing has changed then.
         """
-        group = integers("bins", bins, (-1,), -1, self.num_bins - 1)
-        n = integers("counts", counts, group.shape, self.min_rollouts, self.max_rollouts)
-        present, size, played, mean_loss = played_arms(group, n, floats("losses", losses, group.shape))
+        _, (present, arm), size, mean_loss = self._played(bins, counts, losses)
         if not present.size:
             return
-        log_p = self._log_arm_probabilities[present]
-        law = allocation_marginals(log_p, size, int(size @ played), min_rollouts=self.min_rollouts)
-        marginal = law[np.arange(present.size), played - self.min_rollouts]
+        log_p, spent = self._log_arm_probabilities[present], int(size @ self.arms[arm])
+        law = allocation_marginals(log_p, size, spent, min_rollouts=self.min_rollouts)
+        marginal = law[np.arange(present.size), arm]
         if not marginal.all():
-            raise ValueError(f"counts must be a draw of the present state, which never gives {played.tolist()}")
+            raise ValueError(f"counts must be a draw of the present state, which never gives {self.arms[arm].tolist()}")
         scaled = (np.clip(mean_loss / self.loss_bound, -1.0, 1.0) + 1.0) / 2.0
-        self._scores[present, played - self.min_rollouts] -= scaled / marginal
+        self._scores[present, arm] -= scaled / marginal
         self._rounds += 1
 
     def state_dict(self) -> dict[str, Any]:

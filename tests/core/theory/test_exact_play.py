@@ -140,6 +140,7 @@ def test_state_round_trips_through_json():
         (lambda game: game.observe([0], [7], [0.0]), "counts must hold .*7"),
         (lambda game: game.observe([0], [4], [np.nan]), "losses must hold .*nan"),
         (lambda game: game.observe([0, 0], [4, 5], [1, 1]), r"counts must be the same .* bin 0, got \[4, 5\]"),
+        (lambda game: game.counts([0]), "rng must be given, to draw the counts, got None"),
         (lambda game: game.counts([4], rng=np.random.default_rng(0)), "bins must hold .*4"),
         (lambda game: ExactPlay(4, 4, 2, 6, loss_bound=0.0), "loss_bound must lie in .*0.0"),
         (lambda game: ExactPlay(4, 4, 0, 6), "min_rollouts must be an integer >= 1, got 0"),
