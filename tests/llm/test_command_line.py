@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import FrozenInstanceError, fields, replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -386,6 +387,19 @@ def test_what_needs_no_torch_does_not_load_it(code):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
+
+
+def test_the_lines_of_the_readme_train_and_report(tmp_path, monkeypatch):
+    """As they stand, but for a smaller run."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```python\n([^`]*from gdro_llm import[^`]*)```", readme)
+    small = (
+        '"steps": 1, "batch_size": 8, "minibatches": 1, "test_problems": 8, "threads": 1, "device": "cpu", "seed": 1'
+    )
+    monkeypatch.chdir(tmp_path)
+    exec(compile(snippet.replace('"seed": 1', small), "README.md", "exec"), {})
+    assert (tmp_path / "runs" / "mine" / "checkpoint-000001").is_dir()
+    assert "grpo" in (tmp_path / "runs" / "mine" / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_package_offers_its_functions():
