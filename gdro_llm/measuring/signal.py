@@ -63,9 +63,14 @@ def measure(config: Config, methods: Sequence[Method], warm_up: int, batches: in
         raise UsageError(f"batches must be at least 2 for an interval, got {batches}")
     runs = {method.label: replace(config, **method.settings) for method in methods}
     for label, run in runs.items():
-        if run.refill or isinstance(build_controller(run), PublishedController):
-            why = "waits for mixed groups of several batches" if run.refill else "learns from the losses of updates"
-            raise UsageError(f"gdro signal cannot measure {label!r}, which {why}; leave it out of --methods")
+        reasons = {
+            "waits for mixed groups of several batches": run.refill,
+            "learns from the losses of updates": isinstance(build_controller(run), PublishedController),
+            "has a KL term to the very policy that is measured": run.kl_coef > 0,
+        }
+        for reason, applies in reasons.items():
+            if applies:
+                raise UsageError(f"gdro signal cannot measure {label!r}, which {reason}; leave it out of --methods")
     train, _ = load_problems(config)
     train, _ = hold_out(train, config)
     if not has_exact_rates(train, config):

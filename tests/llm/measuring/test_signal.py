@@ -129,6 +129,7 @@ def test_the_problems_are_those_of_a_run(tmp_path):
         (["--methods", "grpo,dapo"], "cannot measure 'dapo', which waits for mixed groups of several batches"),
         (["--methods", "published-prompt"], "cannot measure 'published-prompt', which learns from the losses"),
         (["--methods", "published-rollout"], "cannot measure 'published-rollout', which learns from the losses"),
+        (["--methods", "grpo+kl_coef=0.1"], "which has a KL term to the very policy that is measured"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(tmp_path, capsys, flags, message):
