@@ -18,7 +18,7 @@ COUNTS = np.array([3, 0, 7, 1, 5])
 TRAIN = Decoding(10, 1.0)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """As the tiny model of conftest, with attention heads of 32, the smallest that vLLM has on a CPU."""
     folder = tmp_path_factory.mktemp("model") / "vllm"
@@ -50,9 +50,12 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def engine(folder):
-    """One engine and its policy for all tests; a comma ends a completion too."""
+    """One engine and its policy for all tests here; a comma ends a completion too.
+
+    It is closed after them: vLLM holds torch.distributed's process group, which tests in other files start themselves.
+    """
     config = Config(
         model=str(folder),
         device="cpu",

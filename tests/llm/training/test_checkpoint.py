@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -34,19 +35,25 @@ def finished(run_config, tmp_path):
 
 
 def in_a_child(work, *, wait: bool = True):
-    """The message of the UsageError that `work` raises in a child process ("" if none); without `wait` its id."""
+    """The message of the UsageError that `work` raises in a child process ("" if none); without `wait` its id.
+
+    The child's exit code is 1 where it raised something else.
+    """
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
-        message = b"another exception"
+        message, code = b"another exception", 1
         try:
             work()
-            message = b""
+            message, code = b"", 0
         except UsageError as error:
-            message = str(error).encode()
+            message, code = str(error).encode(), 0
+        except BaseException:
+            traceback.print_exc()
+            raise
         finally:
             os.write(write, message)
-            os._exit(0)
+            os._exit(code)
     os.close(write)
     if not wait:
         os.close(read)
