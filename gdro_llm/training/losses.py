@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -124,29 +124,31 @@ def clipped_surrogate(
     return -advantages * log_ratio.clamp(lower, upper).exp()
 
 
-def token_surrogate(
-    new_R_T: torch.Tensor,
-    old_R_T: torch.Tensor,
-    mask_R_T: torch.Tensor,
-    advantages_R: torch.Tensor,
-    clip_low: float,
-    clip_high: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+@dataclass(frozen=True)
+class Tokens:
+    """What a loss is made of, for some rows; log-probabilities are 0 at padding."""
+
+    new_R_T: torch.Tensor  # log-probabilities under the policy that is trained, with gradient
+    old_R_T: torch.Tensor  # those that the ratio is taken against, without
+    mask_R_T: torch.Tensor  # 1 or True where a completion token stands
+    advantages_R: torch.Tensor  # already times the weights of the games
+    clip_low: float  # the ratio is clipped below 1 - clip_low; nothing is where clip_low >= 1
+    clip_high: float  # the ratio is clipped above 1 + clip_high
+
+
+Terms = tuple["torch.Tensor", "torch.Tensor"]  # (R, T) losses, and where the clip holds back; padding is not used
+
+
+def token_surrogate(tokens: Tokens) -> Terms:
     r"""The clipped surrogate of each token (`clipped_surrogate`), and where its clip leaves no gradient."""
-    low, high = _log_range(clip_low, clip_high)
-    advantages, log_ratio = advantages_R[:, None], (new_R_T - old_R_T).detach()
+    low, high = _log_range(tokens.clip_low, tokens.clip_high)
+    advantages, log_ratio = tokens.advantages_R[:, None], (tokens.new_R_T - tokens.old_R_T).detach()
     clipped = ((advantages > 0) & (log_ratio > high)) | ((advantages < 0) & (log_ratio < low))
-    return clipped_surrogate(new_R_T, old_R_T, advantages_R, clip_low, clip_high), clipped
+    losses = clipped_surrogate(tokens.new_R_T, tokens.old_R_T, tokens.advantages_R, tokens.clip_low, tokens.clip_high)
+    return losses, clipped
 
 
-def sequence_surrogate(
-    new_R_T: torch.Tensor,
-    old_R_T: torch.Tensor,
-    mask_R_T: torch.Tensor,
-    advantages_R: torch.Tensor,
-    clip_low: float,
-    clip_high: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def sequence_surrogate(tokens: Tokens) -> Terms:
     r"""GSPO (arXiv 2507.18071; not GSPO-token): every token of row r holds the loss of the sequence,
 
         -min(s A, clip(s) A),     s = exp(mean_t log rho_rt),
@@ -154,28 +156,22 @@ def sequence_surrogate(
     so that their mean is that loss and its gradient reaches each log-probability as -s A / length. Its clip ranges are
     of the order of 3e-4; where it clips, it clips all tokens of the row.
     """
-    length = _length(mask_R_T)
-    new, old = (x.sum(-1, keepdim=True) / length for x in (new_R_T, old_R_T))
-    losses, clipped = token_surrogate(new, old, mask_R_T, advantages_R, clip_low, clip_high)
-    return losses.expand_as(new_R_T), clipped.expand_as(new_R_T)
+    length = _length(tokens.mask_R_T)
+    new, old = (x.sum(-1, keepdim=True) / length for x in (tokens.new_R_T, tokens.old_R_T))
+    losses, clipped = token_surrogate(replace(tokens, new_R_T=new, old_R_T=old))
+    return losses.expand_as(tokens.new_R_T), clipped.expand_as(tokens.new_R_T)
 
 
-def weighted_log_likelihood(
-    new_R_T: torch.Tensor,
-    old_R_T: torch.Tensor,
-    mask_R_T: torch.Tensor,
-    advantages_R: torch.Tensor,
-    clip_low: float,
-    clip_high: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def weighted_log_likelihood(tokens: Tokens) -> Terms:
     r"""CISPO (MiniMax-M1, arXiv 2506.13585, Eq. 4-5): -sg(min(rho, 1 + clip_high)) A log pi, sg: no gradient flows.
 
     The weight is capped above only, for both signs of A, as in the paper, which puts no lower bound on it: clip_low is
     not used, and no token ever loses its gradient. Clipped are the tokens with a capped weight.
     """
-    _, high = _log_range(clip_low, clip_high)
-    advantages, log_ratio = advantages_R[:, None], (new_R_T - old_R_T).detach()
-    return -log_ratio.clamp(max=high).exp() * advantages * new_R_T, (log_ratio > high) & (advantages != 0)
+    _, high = _log_range(tokens.clip_low, tokens.clip_high)
+    advantages, log_ratio = tokens.advantages_R[:, None], (tokens.new_R_T - tokens.old_R_T).detach()
+    losses = -log_ratio.clamp(max=high).exp() * advantages * tokens.new_R_T
+    return losses, (log_ratio > high) & (advantages != 0)
 
 
 def all_tokens(mask_R_T: torch.Tensor, tokens: float, rollouts: float, max_new_tokens: int) -> float:
@@ -201,9 +197,7 @@ class Loss:
 
     Args:
         name: in the configuration.
-        terms: (new_R_T, old_R_T, mask_R_T, advantages_R, clip_low, clip_high) -> losses and whether clipped, (R, T)
-            each: how the ratio is taken and what becomes of it. Log-probabilities are 0 at padding; results
-            at padding are ignored.
+        terms: how the ratio is taken and what becomes of it: the losses of single tokens, and where they are clipped.
         denominator: (mask_R_T, tokens, rollouts, max_new_tokens) -> by what a token's loss is divided, a number or
             (R, 1); see `token_weights`.
         is_surrogate: at rho = 1 a token's loss is minus the advantage, so that losses are 0 on average over a group.
@@ -211,9 +205,7 @@ class Loss:
     """
 
     name: str
-    terms: Callable[
-        [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float, float], tuple[torch.Tensor, torch.Tensor]
-    ]
+    terms: Callable[[Tokens], Terms]
     denominator: Callable[[torch.Tensor, float, float, int], torch.Tensor | float]
     is_surrogate: bool
 
@@ -244,7 +236,7 @@ class Loss:
         """
         absent = ~mask_R_T.bool()
         new, old = logprobs_R_T.masked_fill(absent, 0.0), old_logprobs_R_T.masked_fill(absent, 0.0)
-        losses, clipped = self.terms(new, old, mask_R_T, advantages_R, clip_low, clip_high)
+        losses, clipped = self.terms(Tokens(new, old, mask_R_T, advantages_R, clip_low, clip_high))
         return losses.masked_fill(absent, 0.0), clipped & ~absent
 
     def token_weights(

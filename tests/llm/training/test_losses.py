@@ -395,8 +395,8 @@ def test_a_surrogate_is_minus_the_advantage_at_ratio_one(kind):
             Config(loss=kind, controller="published-prompt")
 
 
-def reinforce(new_R_T, old_R_T, mask_R_T, advantages_R, clip_low, clip_high):
-    return -advantages_R[:, None] * new_R_T, mask_R_T.bool() & False
+def reinforce(tokens):
+    return -tokens.advantages_R[:, None] * tokens.new_R_T, tokens.mask_R_T.bool() & False
 
 
 WITH_REINFORCE = f"""
