@@ -175,7 +175,7 @@ class Planner(Protocol):
     """
 
     def plan(self, ids: Sequence[Hashable]) -> Plan:
-        """Decide weights and counts for a batch, from past observations only. Changes nothing that later plans need."""
+        """Decide weights and counts for a batch, from past observations only; learns nothing."""
 
     def observe(self, plan: Plan, rewards: ArrayLike | Observation) -> dict[str, Any]:
         """Learn from the graded rollouts of a plan; returns metrics."""

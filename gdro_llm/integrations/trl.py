@@ -6,7 +6,7 @@ every process:
 1. The N ids are gathered, the controller plans, and the same N n_bar row slots are assigned anew, `plan.counts[i]` to
    prompt i with all its columns. TRL then samples, grades and measures lengths row by row, and never sees the counts.
 2. TRL's own advantages assume n_bar rows a prompt. They are replaced by those of the ragged groups, times the factor
-   of the own loop (`objective.rollout_scale`: the prompt's weight). For every loss of TRL that is the
+   of the own loop (`losses.rollout_scale`: the prompt's weight). For every loss of TRL that is the
    same as a factor on the row's policy loss; a KL or entropy term stays unweighted.
 3. The controller observes the gathered rewards, unweighted, and its metrics go to TRL's log under the own loop's
    names, with `gdro/` before them: `gdro/bin_error/bin00`.
