@@ -19,22 +19,30 @@ def checked_bounds(what: str, mean: float, low: int, high: int, fewest: int) -> 
     return number("mean_rollouts", mean, least, most), least, most
 
 
-def split_budget(bins: Ints, mean_rollouts: float) -> tuple[Ints, Ints, int]:
-    """Prompts never seen (bin −1) get n_bar; the others share what is left.
+def split_budget(bins: Ints, mean_rollouts: float, budget: int | None = None) -> tuple[Ints, Ints, int]:
+    """Prompts of the batch that were never seen (bin −1) get n_bar; the others share what is left.
+
+    Args:
+        bins: (N,).
+        mean_rollouts: n_bar.
+        budget: rollouts in all, if not n_bar N; the first budget / n_bar prompts are then the batch, and the others
+            are candidates, of which those never seen get nothing.
 
     Returns:
-        counts: (N,) n_bar rounded for all, so that unseen prompts spend n_bar each on average.
-        seen: rows of the other prompts.
-        budget: their rollouts.
+        counts: (N,) n_bar rounded for unseen prompts, so that they spend n_bar each on average; 0 for others.
+        seen: rows of the prompts that share the rest.
+        rest: their rollouts.
     """
-    total = round(mean_rollouts * bins.size)
-    if abs(mean_rollouts * bins.size - total) > 1e-9 * total:  # 1.15 x 100 is 114.99999999999999
+    total = round(mean_rollouts * bins.size) if budget is None else budget
+    if budget is None and abs(mean_rollouts * bins.size - total) > 1e-9 * total:  # 1.15 x 100 is 114.99999999999999
         raise ValueError(f"mean_rollouts x batch size must be an integer, got {mean_rollouts} x {bins.size}")
-    counts = np.full(bins.shape, int(mean_rollouts), dtype=np.int64)
-    new, seen = np.flatnonzero(bins < 0), np.flatnonzero(bins >= 0)
-    spent_on_new = round(mean_rollouts * new.size)
-    counts[new[: spent_on_new - int(counts[new].sum())]] += 1  # n_bar that is not whole: some get one more
-    return counts, seen, total - spent_on_new
+    batch = bins.size if budget is None else min(bins.size, int(total / mean_rollouts + 1e-9))
+    counts = np.zeros(bins.shape, dtype=np.int64)
+    new, seen = np.flatnonzero(bins[:batch] < 0), np.flatnonzero(bins >= 0)
+    new_total = round(mean_rollouts * new.size) if seen.size else total
+    counts[new] = int(mean_rollouts)
+    counts[new[: new_total - int(counts.sum())]] += 1  # n_bar that is not whole: some get one more
+    return counts, seen, total - new_total
 
 
 class CountsPerBin(ABC):

@@ -21,6 +21,16 @@ def controller_1(saved: Mapping[str, Any]) -> State:
     return {**saved, "version": 2, "rollout": None if rollout is None else rollout_game_1(rollout)}
 
 
+def controller_2(saved: Mapping[str, Any]) -> State:
+    """Of `GDROController`: it had no variance components."""
+    return {**saved, "version": 3, "components": None}
+
+
+def classifier_3(saved: Mapping[str, Any]) -> State:
+    """Of `OnlineDifficultyClassifier`: prompts without rollouts kept all that was known."""
+    return {**saved, "version": 4, "idle_discount": 1.0}
+
+
 def classifier_2(saved: Mapping[str, Any]) -> State:
     """Of `OnlineDifficultyClassifier`: the statistic becomes an object with its own dial."""
     check_state("OnlineDifficultyClassifier", saved, {}, ("statistic", "k", "window"))

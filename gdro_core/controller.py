@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from gdro_core._old_states import controller_1
+from gdro_core._old_states import controller_1, controller_2
 from gdro_core._validate import (
     Floats,
     Ints,
@@ -25,11 +25,12 @@ from gdro_core._validate import (
     unique_ids,
 )
 from gdro_core.adversaries import Adversary, Entropic
+from gdro_core.components import VarianceComponents
 from gdro_core.difficulty import OnlineDifficultyClassifier, equal_edges
 from gdro_core.grpo import gradient_weight
 from gdro_core.prompt_game import PromptGDRO
 from gdro_core.rollout_game import RolloutGDRO
-from gdro_core.utilities import VARIANCE, Utility
+from gdro_core.utilities import MIXED, SIGNAL, VARIANCE, Utility, signal
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,16 +131,18 @@ class Observation:
 
         Returns:
             bin_share, unseen_share: share of the batch's prompts; bin_error: 1 - mean reward (of prompts with a graded
-            rollout); bin_rollouts: mean count.
+            rollout); bin_rollouts: mean count; wasted_share: share of the rollouts whose group has one outcome only.
         """
         plan, graded = self.plan, self.trials > 0
         error = 1.0 - self.correct / np.maximum(self.trials, 1)
+        mixed = (self.correct > 0) & (self.correct < self.trials)
         seen = plan.bins >= 0
         return {
             "bin_share": (np.bincount(plan.bins[seen], minlength=num_bins) / len(plan.ids)).tolist(),
             "unseen_share": float(1.0 - seen.mean()),
             "bin_error": _means(plan.bins, error, seen & graded, num_bins),
             "bin_rollouts": _means(plan.bins, plan.counts, seen, num_bins),
+            "wasted_share": float(self.trials[~mixed].sum() / max(int(self.trials.sum()), 1)),
         }
 
     def steering(self, num_bins: int) -> dict[str, Any]:
@@ -166,6 +169,9 @@ def _means(bins: Ints, values: Floats | Ints, rows: NDArray[np.bool_], num_bins:
     return [float(t / n) if n else None for t, n in zip(total, size, strict=True)]
 
 
+IDLE_DISCOUNT = 0.9  # of what is known about a prompt that was passed over
+
+
 class Planner(Protocol):
     """Decides a batch's weights and rollouts, and learns from the rewards; every controller is one.
 
@@ -174,8 +180,11 @@ class Planner(Protocol):
     array([2, 2])
     """
 
-    def plan(self, ids: Sequence[Hashable]) -> Plan:
-        """Decide weights and counts for a batch, from past observations only; learns nothing."""
+    def plan(self, ids: Sequence[Hashable], *, budget: int | None = None) -> Plan:
+        """Decide weights and counts for a batch, from past observations only; learns nothing.
+
+        With a budget of fewer rollouts than n_bar an id, the ids are candidates: the planner chooses among them.
+        """
 
     def observe(self, plan: Plan, rewards: ArrayLike | Observation) -> dict[str, Any]:
         """Learn from the graded rollouts of a plan; returns metrics."""
@@ -207,6 +216,8 @@ class GDROController:
             advantages divided by the group's population std and losses averaged over a prompt's rollouts first; a mean
             over all rollouts pulls by n w_n, and needs n_bar / n on top. Needs n_min >= 2 (a single rollout has no
             gradient) and a whole n_bar.
+        components: estimates the kappa of a rollout game with a `signal` utility; fed by `observe_gradients`. Until
+            kappa is known well enough, all prompts get n_bar rollouts.
         seed: decides ties.
 
     >>> controller = GDROController.recommended(mean_rollouts=4, seed=0)
@@ -227,6 +238,7 @@ class GDROController:
         mean_rollouts: int | None = None,
         joint: bool = True,
         preserve_objective: bool = False,
+        components: VarianceComponents | None = None,
         seed: int = 0,
     ) -> None:
         if prompt is not None and prompt.num_bins != classifier.num_bins:
@@ -241,7 +253,9 @@ class GDROController:
             least = mean_rollouts if rollout is None else rollout.min_rollouts
             if prompt.payoff.fewest > 1:
                 check_number(f"min_rollouts with payoff {prompt.payoff.name!r}", least or 0, prompt.payoff.fewest)
-        self.classifier, self.prompt, self.rollout = classifier, prompt, rollout
+        if components is not None and (rollout is None or rollout.utility.at_kappa is None):
+            raise ValueError(f"components need a rollout game with a signal utility, got {rollout!r}")
+        self.classifier, self.prompt, self.rollout, self.components = classifier, prompt, rollout, components
         if preserve_objective and rollout is not None:
             check_number("min_rollouts with preserve_objective", rollout.min_rollouts, 2)
             if not rollout.mean_rollouts.is_integer():
@@ -296,37 +310,86 @@ class GDROController:
             seed=seed,
         )
 
+    @classmethod
+    def frontier(
+        cls,
+        mean_rollouts: int,
+        min_rollouts: int = 0,
+        max_rollouts: int = 12,
+        *,
+        num_bins: int = 10,
+        prompt: bool = True,
+        adversary: Adversary = Entropic(1.0),
+        kappa: float | None = None,
+        seed: int = 0,
+    ) -> Self:
+        """Counts by the frontier law (theorem 16) under the weights of the prompt game.
+
+        Prompts that are passed over, solved or hopeless, are tried again as doubt about them grows.
+
+        Args:
+            mean_rollouts: n_bar.
+            min_rollouts: n_min; with 0, prompts that are not worth a group get no rollout.
+            max_rollouts: n_max.
+            num_bins: difficulty bins, equal in pass rate.
+            prompt: whether the prompt game is on; else all weights are 1.
+            adversary: of the prompt game.
+            kappa: see `signal`; None to estimate it from `observe_gradients`.
+            seed: decides ties.
+        """
+        classifier = OnlineDifficultyClassifier(equal_edges(num_bins), idle_discount=IDLE_DISCOUNT)
+        return cls(
+            classifier,
+            PromptGDRO(num_bins, adversary=adversary) if prompt else None,
+            RolloutGDRO(mean_rollouts, min_rollouts, max_rollouts, SIGNAL if kappa is None else signal(kappa)),
+            components=VarianceComponents(num_bins) if kappa is None else None,
+            seed=seed,
+        )
+
     @property
     def mean_rollouts(self) -> float:
         """n_bar [rollouts / prompt]."""
         return float(self._mean_rollouts or 0) if self.rollout is None else self.rollout.mean_rollouts
 
-    def plan(self, ids: Sequence[Hashable]) -> Plan:
+    def plan(self, ids: Sequence[Hashable], *, budget: int | None = None) -> Plan:
         """Decide weights and counts for a batch, from past observations only. Changes nothing.
 
         Args:
             ids: N unique ids.
+            budget: rollouts in all, n_bar N if None; see `RolloutGDRO.allocate`. Needs a rollout game with n_min = 0.
 
         Raises:
             ValueError: ids empty or not unique, or a budget that cannot be met.
         """
         names = unique_ids(ids)
         bins = self.classifier.bins(names)
+        a, b = self.classifier.posterior(names)
         weights = np.ones(len(names)) if self.prompt is None else self.prompt.weights(bins)
+        rollout, known = self._rollout_game()
         price = 0.0
-        if self.rollout is None:
+        if rollout is None:
+            if budget not in (None, len(names) * self.mean_rollouts):
+                raise ValueError(f"budget must be None without a rollout game, got {budget}")
             counts = np.full(len(names), self._mean_rollouts, dtype=np.int64)
         else:
             rng = np.random.default_rng([self.seed, self._step])
-            a, b = self.classifier.posterior(names)
-            counts, price = self.rollout.allocate(bins, a, b, weights if self.joint else None, rng=rng)
-        preserved = self.rollout if self.preserve_objective else None
-        if self.prompt is not None:
-            weights = weights / np.average(weights, weights=counts if preserved is None else None)
-        if preserved is not None:
-            p = self.classifier.pass_rate(names)
-            weights = weights * gradient_weight(preserved.mean_rollouts, p) / gradient_weight(counts, p)
+            groups, omega = bins if known else np.full_like(bins, -1), weights if self.joint else None
+            counts, price = rollout.allocate(groups, a, b, omega, budget=budget, rng=rng)
+        if rollout is not None and self.preserve_objective:
+            p = a / (a + b)
+            weights = weights / weights.mean()
+            weights = weights * gradient_weight(rollout.mean_rollouts, p) / gradient_weight(counts, p)
+        else:
+            weights = (VARIANCE if rollout is None else rollout.utility).batch_weights(a, b, counts, weights)
         return Plan(tuple(names), bins, weights, counts, price, self._step)
+
+    def _rollout_game(self) -> tuple[RolloutGDRO | None, bool]:
+        """The rollout game at the present estimate of kappa, and whether that is known."""
+        if self.rollout is None or self.components is None:
+            return self.rollout, True
+        kappa = self.components.kappa if self.components.useful else None
+        at_kappa = self.rollout.utility.at_kappa
+        return (self.rollout, False) if kappa is None else (replace(self.rollout, utility=at_kappa(kappa)), True)
 
     def observe(self, plan: Plan, rewards: ArrayLike | Observation) -> dict[str, Any]:
         """Learn from the graded rollouts of a plan.
@@ -357,23 +420,53 @@ class GDROController:
         self._step += 1
         return self.metrics(observation)
 
+    def observe_gradients(
+        self, plan: Plan, rows: ArrayLike, first: ArrayLike, second: ArrayLike, correct: ArrayLike, trials: ArrayLike
+    ) -> None:
+        """Learn the variance components from the gradients of some prompts of a plan, each from two halves of a group.
+
+        Args:
+            plan: what `plan` returned.
+            rows: (M,) rows of the prompts in the plan.
+            first, second, correct, trials: of these prompts, see `VarianceComponents.observe`.
+
+        Raises:
+            ValueError: a controller without components, or a bad argument; nothing has changed then.
+        """
+        if self.components is None:
+            raise ValueError("observe_gradients needs a controller with components, got one without")
+        chosen = integers("rows", rows, (-1,), 0, len(plan.ids) - 1)
+        self.components.observe(plan.bins[chosen], first, second, correct, trials)
+
     def metrics(self, observation: Observation) -> dict[str, Any]:
         """What a step did: `Observation.by_bin`, and with a game `Observation.steering`.
 
         Returns:
-            these, and bin_probability: q_b (prompt game only).
+            these, and learnable_share, solved_share, unsolved_share: of the prompts seen, by whether n_bar rollouts are
+            more likely than not to have both outcomes after this step, else by the pass rate; bin_probability: q_b
+            (prompt game only).
         """
-        metrics = observation.by_bin(self.classifier.num_bins)
+        metrics = observation.by_bin(self.classifier.num_bins) | self._occupancy(observation.plan.ids)
         if self.prompt is not None:
             metrics["bin_probability"] = self.prompt.probabilities.tolist()
         if self.prompt is not None or self.rollout is not None:
             metrics |= observation.steering(self.classifier.num_bins)
         return metrics
 
+    def _occupancy(self, ids: Sequence[Hashable]) -> dict[str, float]:
+        a, b = self.classifier.posterior(ids)
+        seen = self.classifier.bins(ids) >= 0
+        group = [max(2, round(self.mean_rollouts))]
+        learnable = seen & (MIXED.of(a, b, group)[:, 0] > 0.5)
+        solved = seen & ~learnable & (a > b)
+        kinds = {"learnable": learnable, "solved": solved, "unsolved": seen & ~learnable & ~solved}
+        return {f"{name}_share": float(rows.mean()) for name, rows in kinds.items()}
+
     def state_dict(self) -> dict[str, Any]:
         """All memory as plain lists and numbers; `load_state_dict` continues bit for bit."""
-        prompt = None if self.prompt is None else self.prompt.state_dict()
-        return {**self._settings(), "step": self._step, "classifier": self.classifier.state_dict(), "prompt": prompt}
+        parts = {"classifier": self.classifier, "prompt": self.prompt, "components": self.components}
+        saved = {name: None if part is None else part.state_dict() for name, part in parts.items()}
+        return {**self._settings(), "step": self._step, **saved}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Continue from `state_dict()` of a controller with the same parts and settings.
@@ -381,9 +474,10 @@ class GDROController:
         Raises:
             ValueError: other parts, settings, shapes or version; nothing has changed then.
         """
-        if saved.get("version") == 1:
-            saved = controller_1(saved)
-        parts = {"classifier": self.classifier, "prompt": self.prompt}
+        for version, newer in ((1, controller_1), (2, controller_2)):
+            if saved.get("version") == version:
+                saved = newer(saved)
+        parts = {"classifier": self.classifier, "prompt": self.prompt, "components": self.components}
         check_state("GDROController", saved, self._settings(), ("step", *parts))
         step = integer("step", saved["step"], 0)
         load_parts("GDROController", parts, saved)
@@ -391,6 +485,6 @@ class GDROController:
 
     def _settings(self) -> dict[str, Any]:
         names = ("seed", "joint", "preserve_objective")
-        settings = {"version": 2, **{name: getattr(self, name) for name in names}}
+        settings = {"version": 3, **{name: getattr(self, name) for name in names}}
         rollout = None if self.rollout is None else self.rollout.settings()
         return {**settings, "mean_rollouts": self._mean_rollouts, "rollout": rollout}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from gdro_core._old_states import classifier_2
+from gdro_core._old_states import classifier_2, classifier_3
 from gdro_core._rows import RowIndex, repeats, where
 from gdro_core._validate import (
     Floats,
@@ -144,6 +144,8 @@ class OnlineDifficultyClassifier:
         confidence: δ in (0, 1), chance of error per prompt, or None. Needs `PassRate()` (the bins of pass@k are those
             of p with edges 1 - (1 - edge)^(1/k)), hysteresis 0 and, as C_n needs undiscounted counts, discount 1: it
             is for a policy that does not change, or changes slowly.
+        idle_discount: in (0, 1], weight of the past when a prompt is passed over (n = 0): below 1 doubt about it grows
+            until it is tried again. Must be 1 with `confidence`.
 
     Ids are any hashable, unique in a batch; equal ids are one prompt, as in a dict (3, np.int64(3), 3.0). An array of
     integers is looked up without a Python loop; the first id of another type moves all of them into a dict for good.
@@ -166,6 +168,7 @@ class OnlineDifficultyClassifier:
         prior: tuple[float, float] = (0.5, 0.5),
         hysteresis: float = 0.0,
         confidence: float | None = None,
+        idle_discount: float = 1.0,
     ) -> None:
         self.edges = floats("edges", edges, (-1,), 0.0, 1.0)
         self._bounds = np.concatenate([[0.0], self.edges, [1.0]])
@@ -188,7 +191,9 @@ class OnlineDifficultyClassifier:
         if confidence is not None and not 0 < confidence < 1:
             raise ValueError(f"confidence must lie in (0, 1) or be None, got {confidence!r}")
         self.confidence = None if confidence is None else float(confidence)
-        for name, needed in (("statistic", PassRate()), ("discount", 1.0), ("hysteresis", 0.0)):
+        self.idle_discount = number("idle_discount", idle_discount, 0.0, 1.0, open_low=True)
+        needs = {"statistic": PassRate(), "discount": 1.0, "hysteresis": 0.0, "idle_discount": 1.0}
+        for name, needed in needs.items():
             if confidence is not None and getattr(self, name) != needed:
                 raise ValueError(f"{name} must be {needed!r} with confidence, got {getattr(self, name)!r}")
         self._index = RowIndex()
@@ -222,7 +227,7 @@ class OnlineDifficultyClassifier:
         return a / (a + b)
 
     def observe(self, ids: Sequence[Hashable] | NDArray[Any], correct: ArrayLike, trials: ArrayLike) -> None:
-        """Count c correct among n rollouts of each prompt. A prompt with n = 0 teaches nothing and is skipped.
+        """Count c correct among n rollouts of each prompt; at n = 0 what is known of it fades by `idle_discount`.
 
         Args:
             ids: N unique ids.
@@ -240,6 +245,7 @@ class OnlineDifficultyClassifier:
         if (c > n).any():
             raise ValueError(f"correct must be at most trials, got {c[c > n][0]} of {n[c > n][0]}")
         graded = n > 0
+        idle = rows[~graded & (rows >= 0)]
         self._grow(len(self) + int(np.count_nonzero(graded & (rows < 0))))
         rows, c, n = self._index.add(names, rows, graded)[graded], c[graded], n[graded]
         memory = self._memory
@@ -247,6 +253,10 @@ class OnlineDifficultyClassifier:
         memory["failures"][rows] = self.discount * memory["failures"][rows] + (n - c)
         self.statistic.observe(memory, rows, c)
         memory["bin"][rows] = self._rebin(rows)
+        if self.idle_discount < 1.0 and idle.size:
+            for name in ("successes", "failures"):
+                memory[name][idle] *= self.idle_discount
+            memory["bin"][idle] = self._rebin(idle)
 
     def state_dict(self) -> dict[str, Any]:
         """Settings and memory as numbers, strings and lists, for JSON and `torch.load(weights_only=True)`.
@@ -266,8 +276,9 @@ class OnlineDifficultyClassifier:
         Raises:
             ValueError: other settings or version, a missing key, a damaged array; nothing has changed then.
         """
-        if saved.get("version") == 2:
-            saved = classifier_2(saved)
+        for version, newer in ((2, classifier_2), (3, classifier_3)):
+            if saved.get("version") == version:
+                saved = newer(saved)
         check_state("OnlineDifficultyClassifier", saved, self._settings(), ("ids", *self._memory))
         plain = _plain(saved["ids"])
         ids = list(plain) if isinstance(plain, tuple) else _unpacked("ids", plain, np.dtype(np.int64), (-1,))
@@ -287,9 +298,9 @@ class OnlineDifficultyClassifier:
         self._index, self._memory = index, memory
 
     def _settings(self) -> dict[str, Any]:
-        settings = {name: getattr(self, name) for name in ("discount", "hysteresis", "confidence")}
+        settings = {name: getattr(self, name) for name in ("discount", "hysteresis", "confidence", "idle_discount")}
         shape = {"edges": self.edges.tolist(), "prior": list(self.prior), "statistic": dials(self.statistic)}
-        return {"version": 3, **shape, **settings}
+        return {"version": 4, **shape, **settings}
 
     def _unseen(self, rows: int) -> Arrays:
         """Arrays of unseen prompts. The last one is never updated: row −1 reads it."""

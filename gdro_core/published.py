@@ -3,8 +3,24 @@
 Both games learn from the update's prompt losses (Eq. 7), so that the controller needs `observe_losses` after each
 update. That payoff is blind to difficulty (F1), the rollout bandit draws nothing (F3) and its loss is flat in n (F2).
 
-Departs, where the released code does (F3, F5): bins are looked up by id, unseen prompts get weight 1 and n_bar
-rollouts, ties break at random, a played arm's score is updated, and the shadow price is projected on [0, inf).
+Where the released code and the paper differ, this follows the paper. What the released trainer does when it is executed
+(code of 26 May 2026), and what is played here:
+
+    released                                                      here
+    rollouts are assigned by position in the batch: 739 of 944    bins are looked up by prompt id
+      prompts got the count of another bin
+    arm scores and the price mu are never updated                 both are, after every update (Eq. 20, 21)
+    the arm score has the opposite sign of Eq. 20                 the sign of Eq. 20
+    weights are q over the bins present, with mean 1              min(e^{eta S}, max_weight), unnormalised (Eq. 16)
+    scores are not clipped                                        clipped at C = 1 (Eq. 14 names no C)
+    prompts never seen count as hardest                           weight 1 and n_bar rollouts
+    launch scripts name 3 or 7 edges; two of the four for         B bins of equal width (Section 3.1); none excluded
+      prompts give the hardest bin weight 0, three leave out
+      the extreme bins
+    no count is drawn, no loss weighted by its probability        the same: see `theory.exact_play.ExactPlay`
+
+Departs: ties break at random, and the shadow price is projected on [0, inf); the paper says neither. Hysteresis is below
+its 0.03 with more than 10 bins, where 0.03 would soon be half a bin.
 """
 
 from __future__ import annotations
@@ -315,11 +331,11 @@ class PublishedController:
         self._step = 0
         self._without_losses: int | None = 0  # observations since the start or the restart; None once losses have come
 
-    def plan(self, ids: Sequence[Hashable]) -> Plan:
-        """See `Planner.plan`.
+    def plan(self, ids: Sequence[Hashable], *, budget: int | None = None) -> Plan:
+        """See `Planner.plan`; it does not choose among candidates.
 
         Raises:
-            ValueError: ids empty or not unique, or a budget that cannot be met.
+            ValueError: ids empty or not unique, or a budget that cannot be met, or that is not n_bar N.
             RuntimeError: ten batches were observed and losses never came.
         """
         batches = self._without_losses
@@ -330,6 +346,8 @@ class PublishedController:
                 "GDROController.recommended"
             )
         names = unique_ids(ids)
+        if budget not in (None, self.mean_rollouts * len(names)):
+            raise ValueError(f"budget must be {self.mean_rollouts * len(names)} for {len(names)} ids, got {budget}")
         bins = self.classifier.bins(names)
         weights = np.ones(len(names)) if self.prompt is None else self.prompt.weights(bins)
         if self.rollout is None:

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 
 from gdro_core._budget import checked_bounds, split_budget
 from gdro_core._validate import Floats, Ints, floats, integers
-from gdro_core.allocation import greedy_allocation
+from gdro_core.allocation import frontier_allocation, greedy_allocation
 from gdro_core.theory.paths import exact_budget_allocation
 from gdro_core.utilities import VARIANCE, Utility
 
@@ -22,10 +22,10 @@ class RolloutGDRO:
         max_n  sum_i ω_i^k U(n_i; a_i, b_i)    s.t.   sum_i n_i = n_bar N,   n_min <= n_i <= n_max
 
     It has no memory: posterior and weights decide. Every prompt gets its own count, by greedy where the utility is
-    concave, else by the dynamic program; with `per_bin` all prompts of a bin share one count (as published), by the
-    dynamic program. Prompt weights ω enter as the joint law demands (F7): `VARIANCE` is multiplied by ω², so that
-    n_i ∝ ω_i √v_i up to rounding and bounds; `MIXED` and `HIT` by ω. Prompts never seen (bin −1) get n_bar. With
-    n_min = 0 a prompt may get no rollout, and is then not observed.
+    concave, and on its concave envelope where it is so from n = 1 on only (`frontier_allocation`: nobody gets one
+    rollout); with `per_bin` all prompts of a bin share one count (as published), by the dynamic program. Prompt weights
+    ω enter as the joint law demands (F7): `VARIANCE` and `signal` are multiplied by ω², `MIXED` and `HIT` by ω. Prompts
+    never seen (bin −1) get n_bar. With n_min = 0 a prompt may get no rollout, and is then not observed.
 
     Departs: the paper learns these counts by a bandit on the update's losses (`PublishedRolloutGDRO`, F2); a posterior
     knows what every number of rollouts would be worth.
@@ -34,7 +34,7 @@ class RolloutGDRO:
         mean_rollouts: n_bar; n_bar N must be an integer.
         min_rollouts: n_min, at least `utility.fewest`.
         max_rollouts: n_max; n_min <= n_bar <= n_max.
-        utility: `VARIANCE`, `MIXED`, `HIT` (`gdro_core.utilities`), or a record of your own.
+        utility: `signal(kappa)`, `VARIANCE`, `MIXED`, `HIT` (`gdro_core.utilities`), or a record of your own.
         per_bin: one count for all prompts of a bin.
         permute: the zero-information null (F5): the counts of the seen prompts are permuted at random.
 
@@ -84,6 +84,7 @@ class RolloutGDRO:
         b: ArrayLike,
         weights: ArrayLike | None = None,
         *,
+        budget: int | None = None,
         rng: np.random.Generator | None = None,
     ) -> tuple[Ints, float]:
         """Rollouts of each prompt of a batch, and what one rollout more would be worth.
@@ -93,39 +94,44 @@ class RolloutGDRO:
             a: (N,) posterior successes (`OnlineDifficultyClassifier.posterior`).
             b: (N,) posterior failures.
             weights: (N,) prompt weights ω >= 0 of the joint law; None for 1.
+            budget: rollouts in all; None for n_bar N. With n_min = 0 it may be less: the first budget / n_bar prompts
+                are then the batch, and the others candidates, which share in it if they were seen before.
             rng: breaks ties at random; draws for `permute`, which needs it.
 
         Returns:
-            counts: (N,) integers in n_min..n_max with sum n_bar N.
+            counts: (N,) integers in n_min..n_max with the sum of the budget.
             price: shadow price mu >= 0 [utility / rollout], the largest gain per rollout still for sale at this
                 allocation (0 if everybody is at n_max or unseen).
 
         Raises:
-            ValueError: n_bar N is no integer, no choice per bin meets the budget, or no rng to draw with.
+            ValueError: n_bar N is no integer, a budget outside of the bounds, no choice per bin meets it, or no rng to
+                draw with.
         """
         if rng is None and self.permute:
             raise ValueError("rng must be given with permute, got None")
         group = integers("bins", bins, (-1,), -1, 2**31)
         alpha, beta = floats("a", a, group.shape, 0.0), floats("b", b, group.shape, 0.0)
         omega = np.ones(group.shape) if weights is None else floats("weights", weights, group.shape, 0.0)
-        counts, seen, budget = split_budget(group, self.mean_rollouts)
+        low = self.min_rollouts
+        if budget is not None and not low * group.size <= budget <= self.mean_rollouts * group.size:
+            most = self.mean_rollouts * group.size
+            raise ValueError(f"budget must lie in [{low * group.size}, {most:g}] for these prompts, got {budget}")
+        counts, seen, rest = split_budget(group, self.mean_rollouts, budget)
         if seen.size == 0:
             return counts, 0.0
-        low = self.min_rollouts
         scale = omega[seen] ** self.utility.weight_power
         utility = self.utility.of(alpha[seen], beta[seen], self.arms) * scale[:, None]
         if self.per_bin:
             present, member, size = np.unique(group[seen], return_inverse=True, return_counts=True)
             total_utility = np.zeros((present.size, self.arms.size))
             np.add.at(total_utility, member, utility)
-            of_bin = exact_budget_allocation(total_utility, size, budget, min_rollouts=low, rng=rng)
+            of_bin = exact_budget_allocation(total_utility, size, rest, min_rollouts=low, rng=rng)
             counts[seen], price = of_bin[member], _gain_for_sale(total_utility / size[:, None], of_bin - low)
         else:
             if low < self.utility.concave_from:
-                one_each = np.ones(seen.size)
-                counts[seen] = exact_budget_allocation(utility, one_each, budget, min_rollouts=low, rng=rng)
+                counts[seen] = frontier_allocation(utility, rest, rng=rng)
             else:
-                counts[seen] = greedy_allocation(utility, budget, min_rollouts=low, rng=rng)
+                counts[seen] = greedy_allocation(utility, rest, min_rollouts=low, rng=rng)
             price = _gain_for_sale(utility, counts[seen] - low)
         if self.permute and rng is not None:
             counts[seen] = rng.permutation(counts[seen])

@@ -7,17 +7,25 @@ another record.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from gdro_core._validate import Floats, Ints, choice, floats, integers
+from gdro_core._validate import Floats, Ints, choice, floats, integers, number
+from gdro_core.theory.frontier import frontier_utility, frontier_weight, purity
+
+Table = Callable[[Floats, Floats, Ints], Floats]  # (N, 1) a, (N, 1) b, n of (A,) or (N, 1) -> (N, A) or (N, 1)
+
+
+def _ones(a: Floats, b: Floats, n: Ints) -> Floats:
+    return np.ones(np.broadcast_shapes(a.shape, n.shape))
 
 
 @dataclass(frozen=True)
 class Utility:
-    """Expected utility of n rollouts on a prompt whose pass rate is p ~ Beta(a, b).
+    """Expected utility of n rollouts on a prompt whose pass rate is p ~ Beta(a, b), and the weights that go with it.
 
     >>> HIT.of([1.0], [1.0], [1, 2, 3]).round(3)
     array([[0.5  , 0.667, 0.75 ]])
@@ -27,7 +35,10 @@ class Utility:
     fewest: int  # fewest rollouts at which it is finite
     concave_from: int  # fewest rollouts from which on it is concave in n, so that greedy allocation is exact
     weight_power: int  # a prompt weight ω multiplies it by ω to this power (F7)
-    table: Callable[[Floats, Floats, Ints], Floats]  # (N, 1) a, (N, 1) b, (A,) n -> (N, A)
+    table: Table = field(compare=False)  # utility of n rollouts
+    shrinkage: Table = field(default=_ones, compare=False)  # factor on the weight of a prompt with n rollouts
+    information: Table = field(default=_ones, compare=False)  # share of n rollouts that counts in the mean weight
+    at_kappa: Callable[[float], Utility] | None = field(default=None, compare=False)  # the same at another kappa
 
     def of(self, a: ArrayLike, b: ArrayLike, arms: ArrayLike) -> Floats:
         """Utility of every number of rollouts in `arms`, for every prompt.
@@ -43,18 +54,43 @@ class Utility:
         Raises:
             ValueError: a bad argument.
         """
-        alpha = floats("a", a, (-1,), 0.0)[:, None]
-        beta = floats("b", b, alpha.shape[:1], 0.0)[:, None]
-        n = integers("arms", arms, (-1,), self.fewest, 2**20)
-        for parameter, values in (("a", alpha), ("b", beta)):
-            if not values.all():
-                raise ValueError(f"{parameter} must be above 0, got 0.0")
-        return self.table(alpha, beta, n)
+        alpha, beta = _posterior(a, b)
+        return self.table(alpha, beta, integers("arms", arms, (-1,), self.fewest, 2**20))
+
+    def batch_weights(self, a: ArrayLike, b: ArrayLike, counts: ArrayLike, omega: ArrayLike) -> Floats:
+        """Weights of the prompts of a batch, with mean 1 over the rollouts that are expected to count.
+
+        Args:
+            a: (N,) > 0, posterior successes.
+            b: (N,) > 0, posterior failures.
+            counts: (N,) rollouts, integers >= 0.
+            omega: (N,) prompt weights > 0, whatever their scale.
+
+        Returns:
+            (N,) omega times `shrinkage`, scaled so that their average weighted by counts times `information` is 1.
+
+        Raises:
+            ValueError: a bad argument.
+        """
+        alpha, beta = _posterior(a, b)
+        n = integers("counts", counts, alpha.shape[:1], 0, 2**20)[:, None]
+        weights = floats("omega", omega, alpha.shape[:1], 0.0) * self.shrinkage(alpha, beta, n)[:, 0]
+        rollouts = n[:, 0] * self.information(alpha, beta, n)[:, 0]
+        return np.asarray(weights / np.average(weights, weights=rollouts if rollouts.any() else None))
+
+
+def _posterior(a: ArrayLike, b: ArrayLike) -> tuple[Floats, Floats]:
+    """(N, 1) each."""
+    alpha = floats("a", a, (-1,), 0.0)[:, None]
+    beta = floats("b", b, alpha.shape[:1], 0.0)[:, None]
+    for parameter, values in (("a", alpha), ("b", beta)):
+        if not values.all():
+            raise ValueError(f"{parameter} must be above 0, got 0.0")
+    return alpha, beta
 
 
 def _minus_variance(a: Floats, b: Floats, n: Ints) -> Floats:
-    total = a + b
-    return np.asarray(-(a * b / (total * (total + 1.0))) / n)
+    return np.asarray(-_variance(a, b) / n)
 
 
 def _product(a: Floats, total: Floats, n: Ints) -> Floats:
@@ -71,6 +107,91 @@ def _mixed(a: Floats, b: Floats, n: Ints) -> Floats:
     return np.where(n == 0, 0.0, 1.0 - _product(b, a + b, n) - _product(a, a + b, n))
 
 
+def _variance(a: Floats, b: Floats) -> Floats:
+    """E[p (1 - p)]."""
+    total = a + b
+    return np.asarray(a * b / (total * (total + 1.0)))
+
+
+_LOGITS = np.linspace(-12.0, 12.0, 41)
+_NARROWEST = 40.0  # a + b of the narrowest posterior that this grid resolves; narrower ones are widened
+_DENSITY = np.stack([-np.logaddexp(0.0, -_LOGITS), -np.logaddexp(0.0, _LOGITS), -np.ones(41)])
+_RATE = np.exp(_DENSITY[0])  # (Q,)
+_SPREAD = np.exp(_DENSITY[0] + _DENSITY[1])  # (Q,) p (1 - p)
+
+
+def _expected(a: Floats, b: Floats, values: Floats) -> Floats:
+    """(N, A) means under Beta(a, b) of the columns of (Q, A) values on the grid of logits."""
+    total = a + b
+    scale = np.minimum(1.0, _NARROWEST / total)
+    greatest = a * np.log(a / total) + b * np.log(b / total)  # log density, in the logit, at the mean
+    density = np.exp(np.hstack([a, b, greatest]) * scale @ _DENSITY)
+    means = density @ np.hstack([values, np.ones((values.shape[0], 1))])
+    return np.asarray(means[:, :-1] / means[:, -1:])
+
+
+@dataclass(frozen=True)
+class _Signal:
+    """The tables of `signal`."""
+
+    kappa: float
+    error: float
+
+    def value(self, a: Floats, b: Floats, n: Ints) -> Floats:
+        """E U(n)."""
+        pure = purity(_RATE, self.error)[:, None]
+        return _expected(a, b, frontier_utility(n, pure, _SPREAD[:, None], self.kappa * pure**2))
+
+    def weight(self, a: Floats, b: Floats, n: Ints) -> Floats:
+        """The best weight at the means of u and v, over omega."""
+        pure = _expected(a, b, purity(_RATE, self.error)[:, None]) if self.error else 1.0
+        return frontier_weight(n, pure, _variance(a, b), self.kappa * pure**2)
+
+    def mixed(self, a: Floats, b: Floats, n: Ints) -> Floats:
+        """E P(mixed) for (N, 1) counts n; 0 for fewer than two rollouts."""
+        last = np.maximum(n, 2) - 1
+        steps = np.arange(int(last.max(initial=1)) + 1)
+        alike = [np.take_along_axis(np.cumprod((x + steps) / (a + b + steps), axis=1), last, 1) for x in (a, b)]
+        return np.where(n < 2, 0.0, 1.0 - alike[0] - alike[1])
+
+
+def signal(kappa: float, error: float = 0.0) -> Utility:
+    r"""What n rollouts add to the squared signal of a step over its noise: `frontier_utility` (theorem 16).
+
+    Every group pays one rollout for its baseline, and every further one is worth v = r (1 - r), r the rate of answers
+    graded right, until the prompt's own part of the gradient, which no other prompt learns from, fills the step: kappa
+    is its mean square over the variance of one rollout's score. With errors of the verifier everything is multiplied by
+    the `purity` u of r: a prompt graded right no more often than by mistake is worth nothing. It is expected under the
+    posterior of r, on a grid of logits; a posterior of a + b > 40 is widened to 40.
+
+    The weight that goes with n rollouts is omega times `frontier_weight` at the posterior means of u and v, and the
+    mean weight of a batch is taken over the rollouts of groups that are expected to be mixed, as others have no
+    gradient. The utility is not concave from n = 0: nobody gets a single rollout, and a budget is spent by
+    `frontier_allocation`.
+
+    Args:
+        kappa: >= 0; 0 for prompts that teach each other all they learn. `VarianceComponents` estimates it.
+        error: in [0, 1/2), probability that a grade is turned round.
+
+    >>> signal(0.0).of([5.0, 1.0], [5.0, 19.0], [0, 1, 2, 4]).round(3)
+    array([[0.   , 0.   , 0.227, 0.682],
+           [0.   , 0.   , 0.045, 0.136]])
+    >>> signal(5.0).of([5.0], [5.0], [2, 4, 8, 100]).round(3)
+    array([[0.065, 0.128, 0.164, 0.197]])
+    """
+    tables = _Signal(number("kappa", kappa, 0.0), number("error", error, 0.0, 0.49))
+    return Utility(
+        f"signal(kappa={tables.kappa:g}, error={tables.error:g})",
+        fewest=0,
+        concave_from=1,
+        weight_power=2,
+        table=tables.value,
+        shrinkage=tables.weight,
+        information=tables.mixed,
+        at_kappa=partial(signal, error=tables.error),
+    )
+
+
 # -E[p(1 - p)] / n: minus the variance of a mean of n rewards (Eq. 28, Theorem 4.2). The weighted gradient has ω² times
 # it, so that the optimum is n ∝ ω√v (F7).
 VARIANCE = Utility("variance", fewest=1, concave_from=1, weight_power=2, table=_minus_variance)
@@ -78,11 +199,13 @@ VARIANCE = Utility("variance", fewest=1, concave_from=1, weight_power=2, table=_
 MIXED = Utility("mixed", fewest=0, concave_from=1, weight_power=1, table=_mixed)
 # 1 - E[(1 - p)^n]: the probability of any correct rollout.
 HIT = Utility("hit", fewest=0, concave_from=0, weight_power=1, table=_hit)
-UTILITIES = {utility.name: utility for utility in (VARIANCE, MIXED, HIT)}
+# The signal utility of prompts that teach each other all they learn.
+SIGNAL = signal(0.0)
+UTILITIES = {"variance": VARIANCE, "mixed": MIXED, "hit": HIT, "signal": SIGNAL}
 
 
 def rollout_utility(name: str, a: ArrayLike, b: ArrayLike, arms: ArrayLike) -> Floats:
-    """`Utility.of` by name: "variance", "mixed" or "hit".
+    """`Utility.of` by name: "variance", "mixed", "hit" or "signal" (kappa 0).
 
     >>> rollout_utility("mixed", [1.0], [1.0], [1, 2, 3]).round(3)
     array([[0.   , 0.333, 0.5  ]])

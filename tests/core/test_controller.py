@@ -200,14 +200,22 @@ def test_metrics_by_hand():
         "unseen_share": pytest.approx(1 / 3),
         "bin_error": [1.0, 0.25],
         "bin_rollouts": [4.0, 4.0],
+        "wasted_share": pytest.approx(4 / 12),  # a group of four halves has more than one outcome
         "bin_probability": q.tolist(),
         "shadow_price": 0.0,
+        # 1 of 12 rollouts right so far: unsolved; four halves: learnable; 11 of 12: solved
+        **{"learnable_share": pytest.approx(1 / 3), "unsolved_share": pytest.approx(1 / 3)},
+        "solved_share": pytest.approx(1 / 3),
     }
     assert set(GDROController.uniform(4).observe(plan, np.ones(12))) == {
         "bin_share",
         "unseen_share",
         "bin_error",
         "bin_rollouts",
+        "wasted_share",
+        "learnable_share",
+        "solved_share",
+        "unsolved_share",
     }
 
 
@@ -282,7 +290,7 @@ def test_a_foreign_plan_is_refused_without_a_trace():
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (["version"], 3, "version = 3"),
+        (["version"], 4, "version = 4"),
         (["seed"], 1, "seed = 1"),
         (["joint"], False, "joint = False"),
         (["mean_rollouts"], 8, "mean_rollouts = 8"),

@@ -1,4 +1,4 @@
-"""States that version 1 wrote (`states/version_1.json`) are read, and the next batches are the ones that it planned."""
+"""States that earlier versions wrote (`states/`) are read, and the next batches are the ones that they planned."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ from gdro_core import (
     RolloutGDRO,
 )
 
-SAVED = json.loads((Path(__file__).parent / "states" / "version_1.json").read_text())
+SAVED, SAVED_2 = (
+    json.loads((Path(__file__).parent / "states" / f"version_{version}.json").read_text()) for version in (1, 2)
+)
 
 
 def own(prompt=None, rollout=None, **options):
@@ -78,7 +80,26 @@ def test_a_state_of_version_1_continues_bit_for_bit(name):
     again = BUILD[name]()
     again.load_state_dict(controller.state_dict())
     assert again.state_dict() == controller.state_dict()
-    assert controller.state_dict()["version"] == 2
+    assert controller.state_dict()["version"] == again.state_dict()["version"] > 1
+
+
+BUILD_2 = {
+    "uniform": BUILD["uniform"],
+    "recommended": BUILD["recommended"],
+    "hit": lambda: RECOMMENDED(4, 1, 12, prompt=False, utility=HIT, num_bins=5, seed=1),
+}
+
+
+@pytest.mark.parametrize("name", SAVED_2["controllers"])
+def test_a_state_of_version_2_continues_bit_for_bit(name):
+    """Counts and weights of the three batches after it: no components, and prompts without rollouts do not fade."""
+    controller, saved = BUILD_2[name](), SAVED_2["controllers"][name]
+    controller.load_state_dict(saved["state"])
+    for batch in saved["after"]:
+        plan = controller.plan(batch["ids"])
+        assert plan.counts.tolist() == batch["counts"]
+        assert plan.weights.tolist() == batch["weights"]
+        controller.observe(plan, batch["rewards"])
 
 
 def test_the_bandit_of_version_1_continues_bit_for_bit():
