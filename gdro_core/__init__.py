@@ -18,6 +18,7 @@ from gdro_core.adversaries import (
 )
 from gdro_core.allocation import greedy_allocation, sqrt_allocation
 from gdro_core.ambiguity import BestResponse, chi_square, cvar, entropic
+from gdro_core.components import Estimate, VarianceComponents, ratio_interval
 from gdro_core.controller import GDROController, Observation, Plan, Planner
 from gdro_core.difficulty import OnlineDifficultyClassifier, PassAtK, PassRate, Statistic, equal_edges
 from gdro_core.grpo import decoupling_price, gradient_variance, gradient_weight, mixed_group_probability
@@ -78,6 +79,7 @@ __all__ = [
     "ClipOGD",
     "CumulatedLosses",
     "Entropic",
+    "Estimate",
     "ExactPlay",
     "Exp3",
     "Exp3IX",
@@ -106,6 +108,7 @@ __all__ = [
     "Statistic",
     "TsallisINF",
     "Utility",
+    "VarianceComponents",
     "allocation_marginals",
     "best_in_hindsight",
     "catoni_mean",
@@ -140,6 +143,7 @@ __all__ = [
     "path_learning_rate",
     "path_regret_bound",
     "prompt_payoff",
+    "ratio_interval",
     "rollout_utility",
     "sample_budget_allocation",
     "sqrt_allocation",
