@@ -146,7 +146,9 @@ class Config:
     batch_size: int = _controller(128, "prompts per step", ge=1)
     # at least 2: one rollout has no advantage over itself
     mean_rollouts: int = _controller(4, "mean rollouts per prompt, n̄: the budget, met exactly in every step", ge=2)
-    min_rollouts: int = _controller(2, "fewest rollouts that a prompt can get", ge=1)
+    min_rollouts: int = _controller(
+        2, "fewest rollouts that a prompt can get; 0 needs a utility that may pass a prompt over", ge=0
+    )
     max_rollouts: int = _controller(12, "most rollouts that a prompt can get")
     num_bins: int = _controller(10, "difficulty bins, equal in pass rate", ge=1)
     adversary: str = _controller("entropic", "of the recommended weights", tuple(DIALS))
@@ -231,6 +233,13 @@ class Config:
             without = "prompt" if name == "utility" else "rollout"
             if (not steered or game == without) and self._is_set(name):
                 raise UsageError(f"{name} changes nothing with controller {self.controller!r}")
+        fewest = UTILITIES[self.utility].fewest if steered and game != "prompt" else 1
+        if self.min_rollouts < fewest:
+            able = " or ".join(repr(name) for name, utility in UTILITIES.items() if utility.fewest == 0)
+            raise UsageError(
+                f"min_rollouts must be at least {fewest} with controller {self.controller!r} and utility "
+                f"{self.utility!r}, got {self.min_rollouts}: recommended rollouts with utility {able} may be 0"
+            )
         if 0 < self.importance_cap < 1:
             raise UsageError(f"importance_cap must be 0 (off) or at least 1, got {self.importance_cap!r}")
         if not LOSSES[self.loss].is_surrogate and self.controller.startswith("published"):

@@ -106,11 +106,12 @@ class SkillPopulation:
         return np.asarray(self.correct ^ flipped, dtype=np.float64)
 
     def gradient(self, rows: Ints, counts: Ints, rewards: Floats, weights: Floats) -> Floats:
-        """(skills + 1,) weighted policy gradient of the last sample, averaged per prompt, then over prompts."""
+        """(skills + 1,) weighted policy gradient of the last sample, averaged per prompt and then over them."""
         owner = np.repeat(np.arange(rows.size), counts)
         score = self.correct - self._rate(rows)[owner]  # grad log pi is this times L
         pull = np.bincount(owner, self.advantages(counts, rewards) * score, minlength=rows.size) / np.maximum(counts, 1)
-        return np.asarray((weights * pull) @ self.loadings[rows] / rows.size)
+        drawn = max(int((counts > 0).sum()), 1)  # without those that are passed over
+        return np.asarray((weights * pull) @ self.loadings[rows] / drawn)
 
     def update(self, rows: Ints, counts: Ints, rewards: Floats, weights: Floats) -> None:
         """One step on the rewards of the last `sample`, which must be of the same rows and counts."""
@@ -119,8 +120,10 @@ class SkillPopulation:
     def expected_update(self, rows: Ints, counts: Ints, weights: Floats) -> None:
         """The same step without sampling noise: w_n(r) grad r, r the rate of graded rewards."""
         p, slope = self._rate(rows), 1.0 - self.false_positive - self.false_negative
-        pull = gradient_weight(counts, self.false_positive + slope * p, self.estimator) * slope * p * (1.0 - p)
-        self.theta = self._after((weights * pull) @ self.loadings[rows] / rows.size)
+        drawn, graded_rate = counts > 0, self.false_positive + slope * p
+        factor = gradient_weight(np.where(drawn, counts, 2), graded_rate, self.estimator) * drawn
+        pull = factor * slope * p * (1.0 - p)
+        self.theta = self._after((weights * pull) @ self.loadings[rows] / max(drawn.sum(), 1))
 
     def advantages(self, counts: Ints, rewards: Floats) -> Floats:
         """(sum of counts,) by the estimator; 0 in groups of equal rewards."""

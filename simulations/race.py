@@ -80,7 +80,8 @@ class Adaptive(Planner, Protocol):
 
 
 def race(population: SkillPopulation, planner: Planner, total: int, batch: int, seed: int) -> list[Row]:
-    """Train until `total` rollouts are spent; per step the rollouts so far, held-out metrics and share of mixed groups.
+    """Train until `total` rollouts are spent; per step the rollouts so far, held-out metrics and share of mixed groups
+    among the prompts with rollouts.
 
     The last step may pass `total`: interpolate. Streams and epochs are those of `population.train`, so that runs
     of different planners are paired, and a planner that spends n_bar a prompt has the same run in both.
@@ -124,7 +125,7 @@ def race(population: SkillPopulation, planner: Planner, total: int, batch: int, 
             population.update(kept.rows, kept.counts, kept.rewards, kept.weights)
             waiting = None
         planner.observe(plan, groups.rewards)
-        states.append(_state(population, rollouts, float(groups.mixed.mean())))
+        states.append(_state(population, rollouts, float(groups.mixed[groups.counts > 0].mean())))
     return states
 
 

@@ -4,7 +4,8 @@ A generation batch of TRL is N prompts x n_bar rows (`num_generations`), split o
 every process:
 
 1. The N ids are gathered, the controller plans, and the same N n_bar row slots are assigned anew, `plan.counts[i]` to
-   prompt i with all its columns. TRL then samples, grades and measures lengths row by row, and never sees the counts.
+   prompt i with all its columns (none where it is 0). TRL then samples, grades and measures lengths row by row, and
+   never sees the counts.
 2. TRL's own advantages assume n_bar rows a prompt. They are replaced by those of the ragged groups, times the factor
    of the own loop (`losses.rollout_scale`: the prompt's weight). For every loss of TRL that is the
    same as a factor on the row's policy loss; a KL or entropy term stays unweighted.
@@ -309,8 +310,8 @@ def _refusals(
     if args.num_generations != mean:
         yield f"num_generations must be the controller's mean_rollouts = {mean:g}, got {args.num_generations}"
     game = controller.rollout
-    if game is not None and game.min_rollouts < 2:
-        yield f"min_rollouts must be at least 2, got {game.min_rollouts}: a rollout alone in its group teaches nothing"
+    if game is not None and game.min_rollouts == 1:
+        yield "min_rollouts must be at least 2, or 0, got 1: a rollout alone in its group teaches nothing"
     if given.get("rollout_func") is not None:
         yield "rollout_func must be None: it decides the rows itself, so that counts cannot reach it"
     for method in ("_get_train_sampler", "get_train_dataloader"):

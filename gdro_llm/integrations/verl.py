@@ -61,7 +61,7 @@ class Settings:
     """The key `gdro` of verl's configuration."""
 
     controller: str = "recommended"  # one of CONTROLLERS; "grpo" is plain GRPO with difficulty in the metrics
-    min_rollouts: int = 2  # fewest rollouts a prompt can get; of a group of one, verl makes no advantage
+    min_rollouts: int = 2  # fewest rollouts a prompt can get, 0 or at least 2: verl makes no advantage of a single one
     max_rollouts: int = 12  # most rollouts a prompt can get
     num_bins: int = 10  # difficulty bins, equal in pass rate
     seed: int = 0  # decides ties
@@ -88,10 +88,10 @@ class Settings:
             if value not in choices:
                 raise UsageError(f"gdro.{name} must be one of {', '.join(choices)}, got {value!r}")
         mean = config.actor_rollout_ref.rollout.n
-        if not 2 <= settings.min_rollouts <= mean <= settings.max_rollouts:
+        if not 2 <= (settings.min_rollouts or 2) <= mean <= settings.max_rollouts:
             raise UsageError(
-                "rollouts must satisfy 2 <= gdro.min_rollouts <= actor_rollout_ref.rollout.n <= gdro.max_rollouts, "
-                f"got 2 <= {settings.min_rollouts} <= {mean} <= {settings.max_rollouts}"
+                "rollouts must satisfy 2 <= gdro.min_rollouts <= actor_rollout_ref.rollout.n <= gdro.max_rollouts, or "
+                f"gdro.min_rollouts may be 0, got 2 <= {settings.min_rollouts} <= {mean} <= {settings.max_rollouts}"
             )
         return settings
 

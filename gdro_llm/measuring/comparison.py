@@ -83,7 +83,8 @@ def _proxies(metrics: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     sigma_b^2 / n_b (Neyman), sigma_b^2 = error (1 - error) of a bin, and of the lead-lag (Eq. 32)."""
     wse, neyman = [], []
     for row in metrics:
-        bins = [(s, e, n) for s, e, n in zip(row["bin_share"], row["bin_error"], row["bin_rollouts"], strict=True) if s]
+        columns = zip(row["bin_share"], row["bin_error"], row["bin_rollouts"], strict=True)
+        bins = [(s, e, n) for s, e, n in columns if s and e is not None]  # no error: all its prompts were passed over
         if bins:
             share, error, n = np.array(bins, dtype=np.float64).T
             variance = error * (1 - error) / n

@@ -72,9 +72,9 @@ SECTIONS = {
     "groups": ("Groups that teach", """GRPO learns from the differences among one prompt's answers: a group that is
         all wrong or all correct gives no gradient, so rollouts are well spent on the mixed share only."""),
     "bins": ("Along the difficulty axis", """Each column is a step, each row a difficulty bin with the hardest at
-        the top; grey is a bin without prompts. Prompts move down as the model learns. A weight above 1 counts a
-        prompt for more than plain GRPO does; rollouts go where the controller expects them to teach, at the same
-        mean."""),
+        the top; grey is a bin without prompts, or without rollouts. Prompts move down as the model learns. A weight
+        above 1 counts a prompt for more than plain GRPO does; rollouts go where the controller expects them to teach,
+        at the same mean."""),
     "controllers": ("What the controllers do", """The weighted reward lies below the plain one while the adversary
         finds weak bins. The shadow price is what one rollout more would be worth where it is worth
         most. Lead-lag is the mean bin under the weights minus under the data: below zero, training

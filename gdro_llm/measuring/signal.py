@@ -1,8 +1,8 @@
 r"""`gdro signal`: how much signal one step's gradient has, and where it points, by method, at a fixed policy.
 
 The policy does not move: a controller first learns the problems' pass rates from batches at this policy, then further
-batches are planned, sampled and graded as in training, and each is split into its even and its odd prompts, with
-gradients g_1 and g_2. With g = (g_1 + g_2) / 2 the gradient of the batch,
+batches are planned, sampled and graded as in training, and the prompts with rollouts of each are split in two halves,
+with gradients g_1 and g_2. With g = (g_1 + g_2) / 2 the gradient of the batch,
 
     E [g_1 . g_2] = |E g|^2 (signal),    E |g_1 - g_2|^2 / 4 = E |g - E g|^2 (noise),    SNR = signal / noise,
 
@@ -115,7 +115,7 @@ def exact_gradient(
 def _halves(
     policy: Policy, problems: list[Problem], config: Config, warm_up: int, batches: int, label: str
 ) -> torch.Tensor:
-    """(batches, 2, D): ascent directions of the even and of the odd prompts of each batch."""
+    """(batches, 2, D): ascent directions of the two halves of each batch's prompts."""
     controller, sampler = build_controller(config), HFSampler(policy, config)
     ascents = []
     with Grader(config) as grader:
@@ -123,9 +123,24 @@ def _halves(
             clock = Clock(policy.device)
             collected = collect(step, problems, controller, sampler, grader, config, SINGLE_PROCESS, clock)
             if step >= warm_up:
-                halves = [np.flatnonzero(collected.plan.owner % 2 == half) for half in (0, 1)]
+                halves = split(collected.plan.owner)
                 ascents.append(torch.stack([ascent(policy, collected.batch.select(rows), config) for rows in halves]))
     return torch.stack(ascents)
+
+
+def split(owner_R: np.ndarray) -> list[np.ndarray]:
+    """Rows of two halves of the prompts that have rollouts, taken alternately.
+
+    Raises:
+        UsageError: there is one such prompt only.
+
+    >>> split(np.array([1, 1, 3, 5]))  # prompts 1, 3 and 5
+    [array([0, 1, 3]), array([2])]
+    """
+    place_R = np.unique(owner_R, return_inverse=True)[1]
+    if not place_R.any():
+        raise UsageError("batch_size must leave at least 2 prompts with rollouts in every batch, got one of 1")
+    return [np.flatnonzero(place_R % 2 == half) for half in (0, 1)]
 
 
 def ascent(policy: Policy, batch: Batch, config: Config) -> torch.Tensor:

@@ -48,7 +48,7 @@ class Rows:
         """Log-probabilities and entropies of some rows, cut at their longest completion; of one token for no rows."""
         if len(chosen) == 0:  # other processes have rows, and need this one in their forward passes
             one = self.tokens_R_T.new_ones(1, 1)
-            return scorer.plain(self.prompts[:1], one[0] - 1, one - 1, one)
+            return scorer.plain(one.tolist(), one[0] - 1, one, one)
         width = int(self.mask_R_T[chosen].sum(-1).max())
         used, local = self.owner_R[chosen].unique(return_inverse=True)
         prompts = [self.prompts[p] for p in used.tolist()]

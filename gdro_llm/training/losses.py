@@ -71,9 +71,12 @@ def group_advantages(
 def rollout_scale(weights_P: np.ndarray, counts_P: np.ndarray, owner_R: np.ndarray, aggregation: str) -> np.ndarray:
     r"""Positive factor on each rollout's advantage: its prompt's weight, and on request n_bar / n_i to undo its number.
 
+    Here n_bar is the mean over the prompts that have rollouts: where all weights are 1 the factors have mean 1 over the
+    rollouts, whether prompts were passed over or not, so that passing over does not shorten the step.
+
     Args:
         weights_P: (P,) prompt weights of the plan.
-        counts_P: (P,) rollouts of the plan.
+        counts_P: (P,) rollouts of the plan, 0 for prompts that are passed over.
         owner_R: (R,) prompt row of each rollout.
         aggregation: `"prompt"`: the factors of a prompt sum to n_bar times its weight, however many rollouts it got;
             `"rollout"`: every rollout counts the same, so that they sum to n_i times it (plain token mean, as DAPO).
@@ -81,8 +84,9 @@ def rollout_scale(weights_P: np.ndarray, counts_P: np.ndarray, owner_R: np.ndarr
     Returns:
         (R,) factors.
     """
-    factor_P = weights_P * (counts_P.mean() / counts_P) if aggregation == "prompt" else weights_P
-    return np.asarray(factor_P[owner_R])
+    if aggregation != "prompt":
+        return np.asarray(weights_P[owner_R])
+    return np.asarray((weights_P * counts_P[counts_P > 0].mean())[owner_R] / counts_P[owner_R])
 
 
 def overlong_penalty(lengths_R: np.ndarray, max_new_tokens: int, buffer: int) -> np.ndarray:

@@ -52,7 +52,10 @@ def collect(
         offered = {problem.id: problem for problem in candidates(problems, config, step)}
         plan = controller.plan(list(offered))
     chosen = [offered[str(name)] for name in plan.ids]
-    prompts = [prompt_tokens(sampler.policy.tokenizer, problem, config) for problem in chosen]
+    prompts = [  # those passed over stay empty
+        prompt_tokens(sampler.policy.tokenizer, problem, config) if count else []
+        for problem, count in zip(chosen, plan.counts, strict=True)
+    ]
     mine = workers.assign(plan.counts, config.minibatches)
     with clock("sync"):
         sampler.sync()
@@ -97,17 +100,23 @@ def step_seed(seed: int, step: int) -> int:
 def summarise(
     rewards_R: np.ndarray, owner_R: np.ndarray, weights_P: np.ndarray, rollouts: Rollouts, workers: Workers
 ) -> dict[str, float]:
-    """Metrics of sampling and grading: rewards of all rollouts, the rest from this process' own `rollouts`."""
-    mean_P = np.bincount(owner_R, weights=rewards_R) / np.bincount(owner_R)
+    """Metrics of sampling and grading: rewards of all rollouts, the rest from this process' own `rollouts`.
+
+    Rewards and shares are of the prompts with a rollout; `passed_over_share` is that of the others in the plan.
+    """
+    counts_P = np.bincount(owner_R, minlength=len(weights_P))
+    drawn = counts_P > 0
+    mean_P = np.bincount(owner_R, weights=rewards_R, minlength=len(weights_P))[drawn] / counts_P[drawn]
     mask, logprobs = rollouts.mask_R_T, rollouts.logprobs_R_T
     sums = [mask.sum(), -logprobs.double().sum(), rollouts.truncated_R.sum()]
     tokens, surprise, truncated = workers.total(np.array([float(x) for x in sums]))
     return {
         "reward": float(mean_P.mean()),  # every prompt counts once, however many rollouts it got
-        "weighted_reward": float(np.average(mean_P, weights=weights_P)),
+        "weighted_reward": float(np.average(mean_P, weights=weights_P[drawn])),
         "all_correct_share": float((mean_P == 1).mean()),
         "all_wrong_share": float((mean_P == 0).mean()),
         "mixed_share": float(((mean_P > 0) & (mean_P < 1)).mean()),
+        "passed_over_share": float(1.0 - drawn.mean()),
         "entropy": float(surprise / tokens),  # of the sampled tokens, unbiased [nats]
         "completion_length": float(tokens / len(rewards_R)),
         "truncated_share": float(truncated / len(rewards_R)),

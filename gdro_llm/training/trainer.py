@@ -252,7 +252,7 @@ class Run:
         work = self.workers.total(np.zeros(2) if batch is None else trained_tokens(batch, self.config))
         self.progress = {
             "step": step + 1,
-            "rollouts": self.progress["rollouts"] + self.config.mean_rollouts * self.config.batch_size,
+            "rollouts": self.progress["rollouts"] + len(collected.plan.owner),
             "tokens": self.progress["tokens"] + sampled,
         }
         timing = clock.summary(sampled, work, self.shape, self.config, self.workers)

@@ -154,3 +154,20 @@ def test_counting_makes_the_update_a_mean_over_rollouts():
     )
     computed = population.gradient(rows, plan.counts, rewards, plan.weights)
     np.testing.assert_allclose(computed, expected / own.owner.size, rtol=1e-10)
+
+
+def test_prompts_that_are_passed_over_are_not_there():
+    """Sampled and expected steps are those of the batch without them, by every estimator."""
+    for estimator in ("grpo", "dr_grpo", "rloo"):
+        thetas = []
+        for counts in (np.array([0, 4, 0, 3, 8]), np.array([4, 3, 8])):
+            population = SkillPopulation(0, prompts=40, held_out=10, skills=4, estimator=estimator)
+            rows = np.array([5, 6, 7, 8, 9] if counts.size == 5 else [6, 8, 9])
+            weights = np.where(np.isin(rows, [5, 7]), 9.0, 0.5)
+            rewards = population.sample(rows, counts, np.random.default_rng(0))
+            population.update(rows, counts, rewards, weights)
+            sampled = population.theta.copy()
+            population.expected_update(rows, counts, weights)
+            thetas.append((sampled, population.theta))
+        assert np.abs(thetas[0][0]).max() > 0
+        np.testing.assert_allclose(thetas[0], thetas[1], rtol=1e-12)

@@ -40,10 +40,11 @@ class Case:
     seed: int
     rewards: str  # a key of EASE
     aggregation: str = "rollout"
+    min_rollouts: int = 2  # 0: with utility "mixed"
 
     def __str__(self) -> str:
         scaled = "scaled" if self.scaled else "unscaled"
-        return f"{self.controller}-{scaled}-{self.seed}-{self.rewards}-{self.aggregation}"
+        return f"{self.controller}-{scaled}-{self.seed}-{self.rewards}-{self.aggregation}-{self.min_rollouts}"
 
 
 CASES = [
@@ -54,6 +55,8 @@ CASES = [
     Case("recommended-prompt", False, 1, "mixed"),
     Case("recommended-rollout", True, 1, "mixed", "prompt"),
     Case("recommended-rollout", False, 0, "rare"),
+    Case("recommended", True, 0, "rare", "prompt", 0),
+    Case("recommended", False, 1, "rare", "rollout", 0),
     Case("grpo", True, 0, "mixed"),
     Case("grpo", False, 1, "rare"),
 ]
@@ -201,6 +204,8 @@ def with_verl(folder: Path, batches: list[list[Problem]], config: Config, case: 
 
     verl does not say in which order the rollouts of a prompt are graded: `Verdicts` in any order within a group.
     """
+    from gdro_llm.integrations.verl import Settings
+
     run = uuid.uuid4().hex
     rows = []
     for problem in (problem for batch in batches for problem in batch):
@@ -224,6 +229,8 @@ def with_verl(folder: Path, batches: list[list[Problem]], config: Config, case: 
         "trainer.total_training_steps": STEPS,
         "trainer.save_freq": -1,
     }
+    if case.min_rollouts == 0:  # verl's settings name no utility
+        fixtures.getfixturevalue("monkeypatch").setattr(Settings, "build", lambda *_: trainer.build_controller(config))
     configure, fit = (fixtures.getfixturevalue(name) for name in ("configure", "fit"))
     done, log = fit(configure(*(f"{key}={value}" for key, value in overrides.items()), rows=rows))
     advantages = []
@@ -265,6 +272,7 @@ def test_engines_decide_what_the_own_loop_decides(engine, case, run_config, tmp_
     rhythm = {"steps": STEPS, "eval_every": STEPS, "save_every": STEPS, "eval_samples": 1}
     # Three epochs, so that all prompts of the later ones are known.
     settings = {"controller": case.controller, "scale_rewards": case.scaled, "aggregation": case.aggregation}
+    settings |= {"min_rollouts": case.min_rollouts} | ({} if case.min_rollouts else {"utility": "mixed"})
     config = run_config(**settings, seed=case.seed, batch_size=20, **rhythm)
     problems, _ = load_problems(config)
     batches = [
@@ -288,6 +296,7 @@ def test_engines_decide_what_the_own_loop_decides(engine, case, run_config, tmp_
             )
         tolerance = rtol_without_a_game if case.controller == "grpo" else rtol
         np.testing.assert_allclose(advantages, expected_advantages * factor, rtol=tolerance, atol=1e-7)
+    assert any((plan.counts == 0).any() for plan in own.plans) == (case.min_rollouts == 0)
     assert other.state == own.state
     assert other.names - {"missing_rollouts"} <= own.names
     assert {name for name in other.names if "/" in name} == {name for name in own.names if "/" in name}

@@ -362,7 +362,7 @@ REFUSED = {
         "dataset": Dataset.from_dict({"prompt": PROMPTS})
     },
     "published": {"controller": PublishedController(4)},
-    "min_rollouts must be at least 2, got 1": {"controller": controller(min_rollouts=1)},
+    "min_rollouts must be at least 2, or 0, got 1": {"controller": controller(min_rollouts=1)},
     "preserve_objective needs .* got prompt, none": {
         "controller": controller(preserve_objective=True),
         "settings": {"scale_rewards": "none"},
