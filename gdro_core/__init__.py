@@ -16,7 +16,8 @@ from gdro_core.adversaries import (
     NoRegret,
     RunningMeans,
 )
-from gdro_core.allocation import greedy_allocation, sqrt_allocation
+from gdro_core.agreement import guarded_share
+from gdro_core.allocation import frontier_allocation, greedy_allocation, sqrt_allocation
 from gdro_core.ambiguity import BestResponse, chi_square, cvar, entropic
 from gdro_core.components import Estimate, VarianceComponents, ratio_interval
 from gdro_core.controller import GDROController, Observation, Plan, Planner
@@ -37,6 +38,16 @@ from gdro_core.theory.estimators import (
     truncated_mean,
 )
 from gdro_core.theory.exact_play import ExactPlay
+from gdro_core.theory.frontier import (
+    best_group_size,
+    frontier_utility,
+    frontier_weight,
+    group_efficiency,
+    group_size_gain,
+    purity,
+    step_cosine,
+)
+from gdro_core.theory.giving_up import failure_e_value, failures_to_give_up
 from gdro_core.theory.neyman import ClipOGD, PlugInNeyman, neyman_regret
 from gdro_core.theory.paths import (
     allocation_marginals,
@@ -62,13 +73,14 @@ from gdro_core.theory.regret import (
     tracking_complexity,
     tsallis_inf_bound,
 )
-from gdro_core.utilities import HIT, MIXED, UTILITIES, VARIANCE, Utility, rollout_utility
+from gdro_core.utilities import HIT, MIXED, SIGNAL, UTILITIES, VARIANCE, Utility, rollout_utility, signal
 
 __all__ = [
     "ERROR",
     "HIT",
     "LEARNABILITY",
     "MIXED",
+    "SIGNAL",
     "UTILITIES",
     "VARIANCE",
     "Adversary",
@@ -110,6 +122,7 @@ __all__ = [
     "Utility",
     "VarianceComponents",
     "allocation_marginals",
+    "best_group_size",
     "best_in_hindsight",
     "catoni_mean",
     "chi_square",
@@ -126,11 +139,19 @@ __all__ = [
     "exp3_ix_bound",
     "exp3_p_bound",
     "exp3_s_bound",
+    "failure_e_value",
+    "failures_to_give_up",
+    "frontier_allocation",
+    "frontier_utility",
+    "frontier_weight",
     "gdro_full_information_bound",
     "gdro_one_sample_bound",
     "gradient_variance",
     "gradient_weight",
     "greedy_allocation",
+    "group_efficiency",
+    "group_size_gain",
+    "guarded_share",
     "hard_budget_regret_bound",
     "hedge_bound",
     "limited_advice_bound",
@@ -143,10 +164,13 @@ __all__ = [
     "path_learning_rate",
     "path_regret_bound",
     "prompt_payoff",
+    "purity",
     "ratio_interval",
     "rollout_utility",
     "sample_budget_allocation",
+    "signal",
     "sqrt_allocation",
+    "step_cosine",
     "tracking_complexity",
     "truncated_mean",
     "tsallis_inf_bound",

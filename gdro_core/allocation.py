@@ -1,4 +1,4 @@
-"""How to spend a budget of rollouts: the square-root law, and the exact integer optimum at unit cost.
+"""How to spend a budget of rollouts: the square-root law, the exact integer optimum at unit cost, the frontier.
 
 One problem throughout: maximise a separable utility of the counts n_i under a budget that must be met exactly. Where
 all prompts of a bin share a count, `gdro_core.theory.paths` solves it.
@@ -159,4 +159,109 @@ def greedy_allocation(
     if rng is not None:
         rng.shuffle(ties)
     np.add.at(counts, ties[: total - int(counts.sum())] // (arms - 1), 1)
+    return counts
+
+
+def frontier_allocation(utility: ArrayLike, budget: int, *, rng: np.random.Generator | None = None) -> Ints:
+    r"""Counts, 0 or at least 2, that maximise a sum of utilities of which the first rollout pays a fixed cost.
+
+        max_n  sum_i U_i(n_i)    s.t.   sum_i n_i = budget,   n_i in {0, 2, 3, ..., n_max},    U_i(0) = U_i(1) = 0
+
+    Rows are concave from n = 1 on and not from 0 on: the first rollout of a group is spent on its baseline. Greedy
+    allocation is exact for their concave envelopes, which are linear up to the n that maximises U_i(n) / n, and at most
+    one prompt ends inside its linear piece. That prompt's rollouts are then settled at the best count of any unfunded
+    prompt, others gaining or giving the difference by their real marginal gains. The result is compared with the best
+    plan that funds all prompts (theorem 16):
+
+    - value >= (1 - 1 / budget) times the optimum of the envelopes, which no plan exceeds, unless one rollout is left
+      over that no funded prompt has room for (the bound then falls by the least last gain of a funded prompt, which
+      gives one back so that two prompts share what is left);
+    - value >= that of every plan with all n_i >= 2, uniform counts among them (theorem 18).
+
+    Args:
+        utility: (N, n_max + 1) U_i at n = 0, ..., n_max >= 2; 0 at n = 0 and 1, then non-decreasing and concave.
+        budget: total rollouts, in [0, N n_max].
+        rng: breaks ties at random; without it the first prompts win.
+
+    Returns:
+        (N,) integer counts with sum `budget`. One count is 1 where nothing else meets the budget: at budget 1, and at
+        n_max = 2 with an odd budget.
+
+    Raises:
+        ValueError: a bad argument, a row of another shape, or a budget out of range.
+
+    >>> frontier_allocation([[0, 0, 3, 5, 6], [0, 0, 1, 2, 3], [0, 0, 3, 5, 6]], 8)
+    array([4, 0, 4])
+    """
+    table = floats("utility", utility, (-1, -1))
+    total = integer("budget", budget, 0)
+    prompts, arms = table.shape
+    if prompts == 0 or arms < 3:
+        raise ValueError(f"utility must have at least one row and three columns (n = 0, 1, 2), got {table.shape}")
+    if total > prompts * (arms - 1):
+        raise ValueError(f"budget must lie in [0, {prompts * (arms - 1)}] for {prompts} prompts, got {total}")
+    if table[:, :2].any():
+        raise ValueError(f"utility must be 0 at n = 0 and n = 1, got {table[:, :2][table[:, :2] != 0][0]}")
+    gains, rounding = np.diff(table[:, 1:], axis=1), 1e-9 * max(1.0, float(np.abs(table).max()))
+    if (gains < -rounding).any() or (np.diff(gains, axis=1) > rounding).any():
+        raise ValueError("utility must be non-decreasing and concave along axis 1 from n = 1 on")
+    order = np.arange(prompts) if rng is None else rng.permutation(prompts)
+    plans = [_frontier_plan(table[order], total)]
+    if 2 * prompts <= total:
+        plans.append(greedy_allocation(table[order][:, 2:], total, min_rollouts=2))
+    counts = np.empty(prompts, dtype=np.int64)
+    counts[order] = max(plans, key=lambda plan: float(np.take_along_axis(table[order], plan[:, None], 1).sum()))
+    return counts
+
+
+def _frontier_plan(table: Floats, budget: int) -> Ints:
+    """Greedy on the concave envelopes of (N, n_max + 1) rows, and the repair of the prompt left inside its line."""
+    prompts, most = table.shape[0], table.shape[1] - 1
+    n = np.arange(1, most + 1)
+    counts = np.zeros(prompts, dtype=np.int64)
+    if budget == 0:
+        return counts
+    rate = table[:, 2:] / n[1:]
+    size = rate.argmax(axis=1) + 2  # the envelope is linear from 0 to here
+    rate = rate.max(axis=1)
+    gains = np.minimum.accumulate(np.where(n <= size[:, None], rate[:, None], np.diff(table, axis=1)), axis=1)
+    threshold = np.partition(gains.ravel(), -budget)[-budget]  # the smallest gain that is still bought
+    counts += (gains > threshold).sum(axis=1)
+    tied = np.flatnonzero(rate == threshold)
+    whole = tied[np.cumsum(size[tied]) <= budget - counts.sum()]
+    counts[whole] = size[whole]
+    single = np.where(counts > 0, (gains == threshold).sum(axis=1) - np.where(rate == threshold, size, 0), 0)
+    more = np.repeat(np.arange(prompts), single)[: budget - int(counts.sum())]
+    np.add.at(counts, more, 1)
+    left = budget - int(counts.sum())
+    return counts if left == 0 else _settle(table, counts, left)
+
+
+def _settle(table: Floats, counts: Ints, left: int) -> Ints:
+    """Give `left` rollouts, too few for the line of the next prompt, to the best use; counts are 0 or at least 2."""
+    most = table.shape[1] - 1
+    n = np.arange(1, most + 1)
+    funded, free = np.flatnonzero(counts > 0), np.flatnonzero(counts == 0)
+    held, gains = counts[funded, None], np.diff(table[funded], axis=1)
+    up = np.where(n > held, gains, -np.inf).ravel()
+    down = np.where((n <= held) & (n > 2), gains, np.inf).ravel()
+    rising, falling = np.argsort(-up, kind="stable")[:most], np.argsort(down, kind="stable")[:most]
+    # What the funded prompts gain by `left` - t rollouts more, at t = 0, 1, ... of an unfunded one
+    others = np.concatenate([np.cumsum(up[rising])[::-1], [0.0], -np.cumsum(down[falling])])
+    taken = np.arange(most + 1) - left
+    centre = rising.size
+    reach = (taken >= -centre) & (taken <= falling.size)
+    value = table[free].max(axis=0) + np.where(reach, others[np.clip(centre + taken, 0, others.size - 1)], -np.inf)
+    value[1] = -np.inf  # a baseline and nothing to compare with it
+    best = int(value.argmax())
+    counts = counts.copy()
+    if value[best] == -np.inf:
+        counts[free[0]] = left
+        return counts
+    if taken[best] < 0:
+        np.add.at(counts, funded[rising[: -taken[best]] // most], 1)
+    else:
+        np.subtract.at(counts, funded[falling[: taken[best]] // most], 1)
+    if best:
+        counts[free[table[free, best].argmax()]] = best
     return counts
