@@ -389,7 +389,9 @@ class GDROController:
             return self.rollout, True
         kappa = self.components.kappa if self.components.useful else None
         at_kappa = self.rollout.utility.at_kappa
-        return (self.rollout, False) if kappa is None else (replace(self.rollout, utility=at_kappa(kappa)), True)
+        if kappa is None or at_kappa is None:
+            return self.rollout, False
+        return replace(self.rollout, utility=at_kappa(kappa)), True
 
     def observe(self, plan: Plan, rewards: ArrayLike | Observation) -> dict[str, Any]:
         """Learn from the graded rollouts of a plan.

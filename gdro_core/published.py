@@ -19,8 +19,8 @@ Where the released code and the paper differ, this follows the paper. What the r
       the extreme bins
     no count is drawn, no loss weighted by its probability        the same: see `theory.exact_play.ExactPlay`
 
-Departs: ties break at random, and the shadow price is projected on [0, inf); the paper says neither. Hysteresis is below
-its 0.03 with more than 10 bins, where 0.03 would soon be half a bin.
+Departs: ties break at random, and the shadow price is projected on [0, inf); the paper says neither. Hysteresis is
+below its 0.03 with more than 10 bins, where 0.03 would soon be half a bin.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ def _hit(a: Floats, b: Floats, n: Ints) -> Floats:
 
 
 def _mixed(a: Floats, b: Floats, n: Ints) -> Floats:
-    return np.where(n == 0, 0.0, 1.0 - _product(b, a + b, n) - _product(a, a + b, n))
+    return np.where(n < 2, 0.0, 1.0 - _product(b, a + b, n) - _product(a, a + b, n))
 
 
 def _variance(a: Floats, b: Floats) -> Floats:

@@ -55,7 +55,7 @@ class Uniform:
         self.population, self.mean, self.rng = population, mean_rollouts, rng
         self.memory, self.step = OnlineDifficultyClassifier(), 0
 
-    def plan(self, ids: Sequence[Hashable]) -> Plan:
+    def plan(self, ids: Sequence[Hashable], *, budget: int | None = None) -> Plan:
         """Which prompts, how many rollouts, which weights."""
         chosen = self.chosen(np.asarray(ids, dtype=np.int64))
         bins = self.memory.bins(chosen)

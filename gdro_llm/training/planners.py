@@ -34,9 +34,9 @@ class PermutedPlan(GDROController):
     Weights and counts are distributed as in the real plan, and do not depend on the prompt that gets them.
     """
 
-    def plan(self, ids: Sequence[Hashable]) -> Plan:
+    def plan(self, ids: Sequence[Hashable], *, budget: int | None = None) -> Plan:
         """See `GDROController.plan`."""
-        plan = super().plan(ids)
+        plan = super().plan(ids, budget=budget)
         order = np.random.default_rng([self.seed, plan.step, 1]).permutation(len(plan.ids))
         return replace(plan, weights=plan.weights[order], counts=plan.counts[order])
 
@@ -51,9 +51,9 @@ class ImpliedWeights(GDROController):
 
     mean_over_rollouts = True
 
-    def plan(self, ids: Sequence[Hashable]) -> Plan:
+    def plan(self, ids: Sequence[Hashable], *, budget: int | None = None) -> Plan:
         """See `GDROController.plan`."""
-        plan = super().plan(ids)
+        plan = super().plan(ids, budget=budget)
         mean = len(plan.owner) // len(plan.ids)
         p = self.classifier.pass_rate(plan.ids)
         pull = gradient_weight(np.maximum(plan.counts, 1), p)  # one rollout has no pull, and neither have none
@@ -70,7 +70,7 @@ class MoPPS(GDROController):
     `plan` gets the candidates and plans for a quarter of them.
     """
 
-    def plan(self, ids: Sequence[Hashable]) -> Plan:
+    def plan(self, ids: Sequence[Hashable], *, budget: int | None = None) -> Plan:
         """See `GDROController.plan`; the ids of the plan are some of `ids`."""
         rng = np.random.default_rng([self.seed, self._step, 1])
         chosen = nearest_to_half(*self.classifier.posterior(ids), max(1, len(ids) // CANDIDATES), rng)

@@ -42,7 +42,7 @@ class Counting:
     def __init__(self, controller: GDROController) -> None:
         self.controller = controller
 
-    def plan(self, ids: Sequence[Hashable]) -> Plan:
+    def plan(self, ids: Sequence[Hashable], *, budget: int | None = None) -> Plan:
         """The controller's, weights times n / n_bar."""
         self.decided = self.controller.plan(ids)
         weights = self.decided.weights * self.decided.counts / self.decided.counts.mean()

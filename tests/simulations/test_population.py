@@ -120,7 +120,7 @@ def test_epochs_visit_every_prompt_once_even_if_batches_do_not_divide_them():
 class Greedy:
     """Spends one rollout more than it may."""
 
-    def plan(self, ids):
+    def plan(self, ids, *, budget=None):
         base = GDROController.uniform(2).plan(ids)
         base.counts[0] += 1
         return base
