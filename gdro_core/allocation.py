@@ -206,11 +206,12 @@ def frontier_allocation(utility: ArrayLike, budget: int, *, rng: np.random.Gener
     if (gains < -rounding).any() or (np.diff(gains, axis=1) > rounding).any():
         raise ValueError("utility must be non-decreasing and concave along axis 1 from n = 1 on")
     order = np.arange(prompts) if rng is None else rng.permutation(prompts)
-    plans = [_frontier_plan(table[order], total)]
+    rows = table[order]
+    plans = [_frontier_plan(rows, total)]
     if 2 * prompts <= total:
-        plans.append(greedy_allocation(table[order][:, 2:], total, min_rollouts=2))
+        plans.append(greedy_allocation(rows[:, 2:], total, min_rollouts=2))
     counts = np.empty(prompts, dtype=np.int64)
-    counts[order] = max(plans, key=lambda plan: float(np.take_along_axis(table[order], plan[:, None], 1).sum()))
+    counts[order] = max(plans, key=lambda plan: float(np.take_along_axis(rows, plan[:, None], 1).sum()))
     return counts
 
 
@@ -242,16 +243,19 @@ def _settle(table: Floats, counts: Ints, left: int) -> Ints:
     most = table.shape[1] - 1
     n = np.arange(1, most + 1)
     funded, free = np.flatnonzero(counts > 0), np.flatnonzero(counts == 0)
-    held, gains = counts[funded, None], np.diff(table[funded], axis=1)
-    up = np.where(n > held, gains, -np.inf).ravel()
-    down = np.where((n <= held) & (n > 2), gains, np.inf).ravel()
+    held = counts[funded]
+    # The `most` best gains of concave rows lie in the `most` rows whose next gain is best; losses likewise.
+    gain = np.where(held < most, table[funded, np.minimum(held + 1, most)] - table[funded, held], -np.inf)
+    loss = np.where(held > 2, table[funded, held] - table[funded, held - 1], np.inf)
+    takers, givers = (funded[np.argsort(key, kind="stable")[:most], None] for key in (-gain, loss))
+    up = np.where(n > counts[takers], np.diff(table[takers[:, 0]], axis=1), -np.inf).ravel()
+    down = np.where((n <= counts[givers]) & (n > 2), np.diff(table[givers[:, 0]], axis=1), np.inf).ravel()
     rising, falling = np.argsort(-up, kind="stable")[:most], np.argsort(down, kind="stable")[:most]
     # What the funded prompts gain by `left` - t rollouts more, at t = 0, 1, ... of an unfunded one
     others = np.concatenate([np.cumsum(up[rising])[::-1], [0.0], -np.cumsum(down[falling])])
     taken = np.arange(most + 1) - left
-    centre = rising.size
-    reach = (taken >= -centre) & (taken <= falling.size)
-    value = table[free].max(axis=0) + np.where(reach, others[np.clip(centre + taken, 0, others.size - 1)], -np.inf)
+    reach = (taken >= -rising.size) & (taken <= falling.size)
+    value = table[free].max(axis=0) + np.where(reach, np.take(others, rising.size + taken, mode="clip"), -np.inf)
     value[1] = -np.inf  # a baseline and nothing to compare with it
     best = int(value.argmax())
     counts = counts.copy()
@@ -259,9 +263,9 @@ def _settle(table: Floats, counts: Ints, left: int) -> Ints:
         counts[free[0]] = left
         return counts
     if taken[best] < 0:
-        np.add.at(counts, funded[rising[: -taken[best]] // most], 1)
+        np.add.at(counts, takers[rising[: -taken[best]] // most, 0], 1)
     else:
-        np.subtract.at(counts, funded[falling[: taken[best]] // most], 1)
+        np.subtract.at(counts, givers[falling[: taken[best]] // most, 0], 1)
     if best:
         counts[free[table[free, best].argmax()]] = best
     return counts

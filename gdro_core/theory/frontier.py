@@ -67,9 +67,9 @@ def frontier_utility(n: ArrayLike, value: ArrayLike, variance: ArrayLike, kappa:
              = lambda^2 v / ((1 + 2 kappa v) / (n - 1) + kappa (1 - 6 v) / n + kappa v)
 
     Under the weights of `frontier_weight` the squared signal of the step over its noise is sum_i U_i(n_i), and no other
-    weights reach more. U is non-decreasing and concave from n = 1 on, and not from 0 on. An expectation over a
-    posterior of p is not U at the posterior mean: weights fixed before the rollouts reach E[lambda v]^2 (n - 1) / E[v]
-    at kappa = 0, less than E U = E[lambda^2 v] (n - 1).
+    weights reach more. U is non-decreasing and concave from n = 1 on, and not from 0 on. If p has a posterior, weights
+    fixed before the rollouts reach U at v = E[v^2] / E[v] and lambda = E[lambda v] / sqrt(E[v^2]), not E U, which is
+    larger.
 
     Args:
         n: rollouts, >= 0; all broadcast against each other.
@@ -85,8 +85,8 @@ def frontier_utility(n: ArrayLike, value: ArrayLike, variance: ArrayLike, kappa:
         ValueError: a bad argument.
 
     >>> frontier_utility(np.arange(5), [[1.0], [0.5]], 0.25, kappa=0.5).round(3)
-    array([[0.   , 0.   , 0.2  , 0.375, 0.527],
-           [0.   , 0.   , 0.05 , 0.094, 0.132]])
+    array([[0.   , 0.   , 0.2  , 0.375, 0.522],
+           [0.   , 0.   , 0.05 , 0.094, 0.13 ]])
     """
     pushed, signal, own = _prompts(n, value, variance, kappa)
     return np.asarray(pushed**2 * signal / (1.0 + own))[()]
@@ -97,11 +97,12 @@ def frontier_weight(n: ArrayLike, value: ArrayLike, variance: ArrayLike, kappa: 
 
         w = lambda / (1 + kappa E[X^2] / E[X]),      E[X^2] / E[X] = v (n - 1) + ((n - 1) (1 - 4 v) + 2 v) / n
 
-    A Wiener filter: the more of a group's gradient is the prompt's own, the less weight it gets. Arguments, shape and
-    errors as in `frontier_utility`; at n < 2, where there is no gradient, the formula's value at n = 1.
+    A Wiener filter: the more of a group's gradient is the prompt's own, the less weight it gets. If p has a
+    posterior, v = E[v^2] / E[v] and lambda = E[lambda v] / E[v]. Arguments, shape and errors as in `frontier_utility`;
+    at n < 2, where there is no gradient, the formula's value at n = 1.
 
     >>> frontier_weight([2, 4, 12], 1.0, 0.25, kappa=0.5).round(3)
-    array([0.8  , 0.703, 0.417])
+    array([0.8  , 0.696, 0.417])
     """
     pushed, _, own = _prompts(n, value, variance, kappa)
     return np.asarray(pushed / (1.0 + own))[()]
@@ -182,7 +183,7 @@ def group_size_gain(n: ArrayLike, kappa: float, variance: ArrayLike) -> Floats:
         ValueError: a bad argument.
 
     >>> group_size_gain([2, 3, 4, 12], 2.5, [0.09, 0.21]).round(4)
-    array([0.0333, 0.0375, 0.0367, 0.0226])
+    array([0.0333, 0.0375, 0.0364, 0.0216])
     """
     size = np.asarray(n, dtype=np.float64)
     check_entries("n", size, 1.0)

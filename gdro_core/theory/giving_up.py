@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -71,7 +69,7 @@ def failures_to_give_up(p0: float, delta: float, successes: int = 0) -> int:
     high = 1
     while failure_e_value(high, p0, solved) < wanted:
         high *= 2
-    return bisect_left(range(high), wanted, key=lambda f: float(failure_e_value(f, p0, solved)))
+    return int((failure_e_value(np.arange(high + 1), p0, solved) >= wanted).argmax())
 
 
 def _rate(name: str, value: float) -> float:
