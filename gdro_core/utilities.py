@@ -113,39 +113,22 @@ def _variance(a: Floats, b: Floats) -> Floats:
     return np.asarray(a * b / (total * (total + 1.0)))
 
 
-_LOGITS = np.linspace(-12.0, 12.0, 41)
-_NARROWEST = 40.0  # a + b of the narrowest posterior that this grid resolves; narrower ones are widened
-_DENSITY = np.stack([-np.logaddexp(0.0, -_LOGITS), -np.logaddexp(0.0, _LOGITS), -np.ones(41)])
-_RATE = np.exp(_DENSITY[0])  # (Q,)
-_SPREAD = np.exp(_DENSITY[0] + _DENSITY[1])  # (Q,) p (1 - p)
-
-
-def _expected(a: Floats, b: Floats, values: Floats) -> Floats:
-    """(N, A) means under Beta(a, b) of the columns of (Q, A) values on the grid of logits."""
-    total = a + b
-    scale = np.minimum(1.0, _NARROWEST / total)
-    greatest = a * np.log(a / total) + b * np.log(b / total)  # log density, in the logit, at the mean
-    density = np.exp(np.hstack([a, b, greatest]) * scale @ _DENSITY)
-    means = density @ np.hstack([values, np.ones((values.shape[0], 1))])
-    return np.asarray(means[:, :-1] / means[:, -1:])
-
-
 @dataclass(frozen=True)
 class _Signal:
-    """The tables of `signal`."""
+    """The tables of `signal`: theorem 16 for weights fixed before the rollouts, with E v^2 / E v for v."""
 
     kappa: float
     error: float
 
     def value(self, a: Floats, b: Floats, n: Ints) -> Floats:
-        """E U(n)."""
-        pure = purity(_RATE, self.error)[:, None]
-        return _expected(a, b, frontier_utility(n, pure, _SPREAD[:, None], self.kappa * pure**2))
+        """U(n), at omega = 1."""
+        pure, mean, v = self._moments(a, b)
+        return frontier_utility(n, pure * np.sqrt(mean / v), v, self.kappa * pure**2)
 
     def weight(self, a: Floats, b: Floats, n: Ints) -> Floats:
-        """The best weight at the means of u and v, over omega."""
-        pure = _expected(a, b, purity(_RATE, self.error)[:, None]) if self.error else 1.0
-        return frontier_weight(n, pure, _variance(a, b), self.kappa * pure**2)
+        """The best weight, at omega = 1."""
+        pure, _, v = self._moments(a, b)
+        return frontier_weight(n, pure, v, self.kappa * pure**2)
 
     def mixed(self, a: Floats, b: Floats, n: Ints) -> Floats:
         """E P(mixed) for (N, 1) counts n; 0 for fewer than two rollouts."""
@@ -154,20 +137,26 @@ class _Signal:
         alike = [np.take_along_axis(np.cumprod((x + steps) / (a + b + steps), axis=1), last, 1) for x in (a, b)]
         return np.where(n < 2, 0.0, 1.0 - alike[0] - alike[1])
 
+    def _moments(self, a: Floats, b: Floats) -> tuple[Floats, Floats, Floats]:
+        """(N, 1) purity at the mean rate, E v, E v^2 / E v."""
+        total = a + b
+        second = (a + 1.0) * (b + 1.0) / ((total + 2.0) * (total + 3.0))
+        return purity(a / total, self.error), _variance(a, b), second
+
 
 def signal(kappa: float, error: float = 0.0) -> Utility:
-    r"""What n rollouts add to the squared signal of a step over its noise: `frontier_utility` (theorem 16).
+    r"""What n rollouts add to the squared signal of a step over its noise (theorem 16, `frontier_utility`).
 
     Every group pays one rollout for its baseline, and every further one is worth v = r (1 - r), r the rate of answers
     graded right, until the prompt's own part of the gradient, which no other prompt learns from, fills the step: kappa
-    is its mean square over the variance of one rollout's score. With errors of the verifier everything is multiplied by
-    the `purity` u of r: a prompt graded right no more often than by mistake is worth nothing. It is expected under the
-    posterior of r, on a grid of logits; a posterior of a + b > 40 is widened to 40.
+    is its mean square over the variance of one rollout's score. As r is uncertain and weights are fixed before the
+    rollouts, U is `frontier_utility` at E v^2 / E v for v and omega E v / sqrt(E v^2) for lambda: less than the mean of
+    U over the posterior, which no such weight attains. With errors of the verifier omega is multiplied by the `purity`
+    u of the mean rate, kappa by u^2: a prompt graded right no more often than by mistake is worth nothing.
 
-    The weight that goes with n rollouts is omega times `frontier_weight` at the posterior means of u and v, and the
-    mean weight of a batch is taken over the rollouts of groups that are expected to be mixed, as others have no
-    gradient. The utility is not concave from n = 0: nobody gets a single rollout, and a budget is spent by
-    `frontier_allocation`.
+    The weight that goes with n rollouts is that of `frontier_weight`, and the mean weight of a batch is taken over the
+    rollouts of groups that are expected to be mixed, as others have no gradient. The utility is not concave from n = 0:
+    nobody gets a single rollout, and a budget is spent by `frontier_allocation`.
 
     Args:
         kappa: >= 0; 0 for prompts that teach each other all they learn. `VarianceComponents` estimates it.
@@ -177,7 +166,7 @@ def signal(kappa: float, error: float = 0.0) -> Utility:
     array([[0.   , 0.   , 0.227, 0.682],
            [0.   , 0.   , 0.045, 0.136]])
     >>> signal(5.0).of([5.0], [5.0], [2, 4, 8, 100]).round(3)
-    array([[0.065, 0.128, 0.164, 0.197]])
+    array([[0.065, 0.128, 0.164, 0.195]])
     """
     tables = _Signal(number("kappa", kappa, 0.0), number("error", error, 0.0, 0.49))
     return Utility(
