@@ -30,7 +30,8 @@ from gdro_core.difficulty import OnlineDifficultyClassifier, equal_edges
 from gdro_core.grpo import gradient_weight
 from gdro_core.prompt_game import PromptGDRO
 from gdro_core.rollout_game import RolloutGDRO
-from gdro_core.utilities import MIXED, SIGNAL, VARIANCE, Utility, signal
+from gdro_core.theory.frontier import best_group_size
+from gdro_core.utilities import VARIANCE, Utility, signal
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +170,10 @@ def _means(bins: Ints, values: Floats | Ints, rows: NDArray[np.bool_], num_bins:
     return [float(t / n) if n else None for t, n in zip(total, size, strict=True)]
 
 
-IDLE_DISCOUNT = 0.9  # of what is known about a prompt that was passed over
+IDLE_DISCOUNT = 0.9  # of what is known about a prompt, each time that it is passed over
+FORGOTTEN = 0.5  # x n_bar rollouts: a prompt of which less is known counts as unseen, where prompts can be passed over
+COMPONENTS_DISCOUNT = 0.9  # of what is known about variance components, at each measurement
+MOST_KAPPA = 2.5  # that the recommended controller plans with, see `GDROController.kappa`
 
 
 class Planner(Protocol):
@@ -216,8 +220,8 @@ class GDROController:
             advantages divided by the group's population std and losses averaged over a prompt's rollouts first; a mean
             over all rollouts pulls by n w_n, and needs n_bar / n on top. Needs n_min >= 2 (a single rollout has no
             gradient) and a whole n_bar.
-        components: estimates the kappa of a rollout game with a `signal` utility; fed by `observe_gradients`. Until
-            kappa is known well enough, all prompts get n_bar rollouts.
+        components: estimates the kappa of a rollout game with a `signal` utility from what `observe_gradients` is told.
+            Until that is known well enough, the utility's own kappa is used.
         seed: decides ties.
 
     >>> controller = GDROController.recommended(mean_rollouts=4, seed=0)
@@ -225,8 +229,8 @@ class GDROController:
     >>> plan.counts, plan.weights, plan.bins
     (array([4, 4, 4]), array([1., 1., 1.]), array([-1, -1, -1]))
     >>> metrics = controller.observe(plan, rewards=[1, 1, 1, 1, 0, 1, 1, 0, 0, 0, 0, 0])  # flat, in plan order
-    >>> controller.plan(["gsm8k/17", "gsm8k/4", "aime/3"]).counts
-    array([3, 6, 3])
+    >>> controller.plan(["gsm8k/17", "gsm8k/4", "aime/3"]).counts  # all for the prompt that was solved sometimes
+    array([ 0, 12,  0])
     """
 
     def __init__(
@@ -277,6 +281,47 @@ class GDROController:
     def recommended(
         cls,
         mean_rollouts: int,
+        min_rollouts: int = 0,
+        max_rollouts: int = 12,
+        *,
+        num_bins: int = 10,
+        adversary: Adversary = Entropic(0.5),
+        kappa: float = 0.5,
+        error: float = 0.0,
+        seed: int = 0,
+    ) -> Self:
+        """What measured best so far: counts by the frontier law (theorem 16), tilted to hard prompts by the prompt game.
+
+        Prompts that are almost surely solved or hopeless get no rollout. What is known of them fades, and at last they
+        count as unseen and get n_bar again. What is left goes to groups of up to n_max where both outcomes are likely.
+        Average the loss over rollouts, so that a prompt counts by its rollouts.
+
+        Chosen on the tuning populations of `simulations/experiments/frontier.py`, which reports it on others: a sharper
+        adversary gains more where hits are rare and honest, and loses where they are lucky; a kappa above 1 does the
+        same, whatever the true one is.
+
+        Args:
+            mean_rollouts: n_bar.
+            min_rollouts: n_min, 0 or at least 2.
+            max_rollouts: n_max.
+            num_bins: difficulty bins, equal in pass rate.
+            adversary: of the prompt game, on the error payoff.
+            kappa: of `signal`, until `observe_gradients` has told enough to estimate it.
+            error: probability that the verifier turns a grade round.
+            seed: decides ties.
+        """
+        return cls(
+            OnlineDifficultyClassifier(equal_edges(num_bins), idle_discount=IDLE_DISCOUNT),
+            PromptGDRO(num_bins, adversary=adversary),
+            RolloutGDRO(mean_rollouts, min_rollouts, max_rollouts, signal(kappa, error)),
+            components=VarianceComponents(num_bins, discount=COMPONENTS_DISCOUNT),
+            seed=seed,
+        )
+
+    @classmethod
+    def joint_play(
+        cls,
+        mean_rollouts: int,
         min_rollouts: int = 2,
         max_rollouts: int = 12,
         *,
@@ -288,18 +333,15 @@ class GDROController:
         preserve_objective: bool = False,
         seed: int = 0,
     ) -> Self:
-        """What measured best so far: error payoff (η = 2) around the data share, counts per prompt by the joint law.
+        """Both games of the paper, repaired and coupled by n ∝ ω√v (F7); `recommended` until version 0.2.
 
-        Chosen by `simulations/experiments/tuning.py` among 54 on populations that no report uses: η = 4 gains more
-        pass@8 but pays in mean@8, η = 1 gains less; the utility and a discount of 0.8 or 0.9 hardly matter. In training
-        (`make compare`, `make tune`; paper/README.md, section 7) it is above tuned GRPO, its null and the rollout
-        game where little transfers between kinds of problems, and level where much does; a χ² adversary does as well, a
-        sharper one (η = 4, 8) no better. Average the loss over rollouts, so that a prompt counts by its rollouts
-        (`simulations/experiments/aggregation.py`). The rollout game alone may do better with the utility `HIT`.
+        Chosen by `simulations/experiments/tuning.py` among 54 on populations that no report uses. It gains where little
+        transfers between kinds of problems and all can be learnt, and loses where many cannot: it spends most rollouts
+        on prompts that are never solved.
 
         Differs from `PublishedController` in: bins by a Beta posterior of the pass rate instead of any-of-n (F10); a
         payoff that sees difficulty (F1); weights e^{ηS} normalised to mean 1; counts from the posterior variance (F2)
-        for each prompt instead of each bin; both games together, coupled by n ∝ ω√v (F7).
+        for each prompt instead of each bin; both games together.
         """
         return cls(
             OnlineDifficultyClassifier(equal_edges(num_bins)),
@@ -307,42 +349,6 @@ class GDROController:
             RolloutGDRO(mean_rollouts, min_rollouts, max_rollouts, utility) if rollout else None,
             mean_rollouts=None if rollout else mean_rollouts,
             preserve_objective=preserve_objective,
-            seed=seed,
-        )
-
-    @classmethod
-    def frontier(
-        cls,
-        mean_rollouts: int,
-        min_rollouts: int = 0,
-        max_rollouts: int = 12,
-        *,
-        num_bins: int = 10,
-        prompt: bool = True,
-        adversary: Adversary = Entropic(1.0),
-        kappa: float | None = None,
-        seed: int = 0,
-    ) -> Self:
-        """Counts by the frontier law (theorem 16) under the weights of the prompt game.
-
-        Prompts that are passed over, solved or hopeless, are tried again as doubt about them grows.
-
-        Args:
-            mean_rollouts: n_bar.
-            min_rollouts: n_min; with 0, prompts that are not worth a group get no rollout.
-            max_rollouts: n_max.
-            num_bins: difficulty bins, equal in pass rate.
-            prompt: whether the prompt game is on; else all weights are 1.
-            adversary: of the prompt game.
-            kappa: see `signal`; None to estimate it from `observe_gradients`.
-            seed: decides ties.
-        """
-        classifier = OnlineDifficultyClassifier(equal_edges(num_bins), idle_discount=IDLE_DISCOUNT)
-        return cls(
-            classifier,
-            PromptGDRO(num_bins, adversary=adversary) if prompt else None,
-            RolloutGDRO(mean_rollouts, min_rollouts, max_rollouts, SIGNAL if kappa is None else signal(kappa)),
-            components=VarianceComponents(num_bins) if kappa is None else None,
             seed=seed,
         )
 
@@ -365,16 +371,18 @@ class GDROController:
         bins = self.classifier.bins(names)
         a, b = self.classifier.posterior(names)
         weights = np.ones(len(names)) if self.prompt is None else self.prompt.weights(bins)
-        rollout, known = self._rollout_game()
-        price = 0.0
+        rollout, price = self._rollout_game(), 0.0
         if rollout is None:
             if budget not in (None, len(names) * self.mean_rollouts):
                 raise ValueError(f"budget must be None without a rollout game, got {budget}")
             counts = np.full(len(names), self._mean_rollouts, dtype=np.int64)
         else:
             rng = np.random.default_rng([self.seed, self._step])
-            groups, omega = bins if known else np.full_like(bins, -1), weights if self.joint else None
-            counts, price = rollout.allocate(groups, a, b, omega, budget=budget, rng=rng)
+            groups = bins
+            if rollout.min_rollouts == 0:
+                evidence = a + b - sum(self.classifier.prior)
+                groups = np.where(evidence < FORGOTTEN * rollout.mean_rollouts, -1, bins)
+            counts, price = rollout.allocate(groups, a, b, weights if self.joint else None, budget=budget, rng=rng)
         if rollout is not None and self.preserve_objective:
             p = a / (a + b)
             weights = weights / weights.mean()
@@ -383,15 +391,23 @@ class GDROController:
             weights = (VARIANCE if rollout is None else rollout.utility).batch_weights(a, b, counts, weights)
         return Plan(tuple(names), bins, weights, counts, price, self._step)
 
-    def _rollout_game(self) -> tuple[RolloutGDRO | None, bool]:
-        """The rollout game at the present estimate of kappa, and whether that is known."""
-        if self.rollout is None or self.components is None:
-            return self.rollout, True
-        kappa = self.components.kappa if self.components.useful else None
-        at_kappa = self.rollout.utility.at_kappa
-        if kappa is None or at_kappa is None:
-            return self.rollout, False
-        return replace(self.rollout, utility=at_kappa(kappa)), True
+    @property
+    def kappa(self) -> float | None:
+        """The estimated kappa that the next plan uses, at most 2.5; None while the rollout game's own is used.
+
+        Departs from theorem 16 by the cap: large kappa makes utilities flat in v, so that omega alone would choose, and
+        prompts that are solved by luck or never would get most rollouts. Below it a wrong kappa costs little.
+        """
+        if self.components is None or not self.components.useful or self.components.kappa is None:
+            return None
+        return min(self.components.kappa, MOST_KAPPA)
+
+    def _rollout_game(self) -> RolloutGDRO | None:
+        """The rollout game at the present estimate of kappa."""
+        at_kappa = None if self.rollout is None else self.rollout.utility.at_kappa
+        if self.rollout is None or at_kappa is None or self.kappa is None:
+            return self.rollout
+        return replace(self.rollout, utility=at_kappa(self.kappa))
 
     def observe(self, plan: Plan, rewards: ArrayLike | Observation) -> dict[str, Any]:
         """Learn from the graded rollouts of a plan.
@@ -444,25 +460,27 @@ class GDROController:
         """What a step did: `Observation.by_bin`, and with a game `Observation.steering`.
 
         Returns:
-            these, and learnable_share, solved_share, unsolved_share: of the prompts seen, by whether n_bar rollouts are
-            more likely than not to have both outcomes after this step, else by the pass rate; bin_probability: q_b
-            (prompt game only).
+            these, and learnable_share, solved_share, unsolved_share: of the batch's prompts, by whether n_bar rollouts
+            are now more likely than not to have both outcomes, else by the pass rate (the rest was never sampled);
+            bin_probability: q_b (prompt game only); kappa, cosine between the gradients of two prompts, and group_size,
+            the best one at p = 1/2 (with components only; None while unknown).
         """
-        metrics = observation.by_bin(self.classifier.num_bins) | self._occupancy(observation.plan.ids)
+        plan = observation.plan
+        metrics = observation.by_bin(self.classifier.num_bins)
+        p, n = self.classifier.pass_rate(plan.ids), max(2.0, self.mean_rollouts)
+        known = (plan.bins >= 0) | (observation.trials > 0)
+        learnable = known & (p**n + (1.0 - p) ** n < 0.5)
+        solved = known & ~learnable & (p > 0.5)
+        kinds = {"learnable": learnable, "solved": solved, "unsolved": known & ~learnable & ~solved}
+        metrics |= {f"{name}_share": float(rows.mean()) for name, rows in kinds.items()}
         if self.prompt is not None:
             metrics["bin_probability"] = self.prompt.probabilities.tolist()
         if self.prompt is not None or self.rollout is not None:
             metrics |= observation.steering(self.classifier.num_bins)
+        if self.components is not None:
+            size = None if not self.kappa else float(best_group_size(self.kappa, 0.25))
+            metrics |= {"kappa": self.kappa, "cosine": self.components.cosine, "group_size": size}
         return metrics
-
-    def _occupancy(self, ids: Sequence[Hashable]) -> dict[str, float]:
-        a, b = self.classifier.posterior(ids)
-        seen = self.classifier.bins(ids) >= 0
-        group = [max(2, round(self.mean_rollouts))]
-        learnable = seen & (MIXED.of(a, b, group)[:, 0] > 0.5)
-        solved = seen & ~learnable & (a > b)
-        kinds = {"learnable": learnable, "solved": solved, "unsolved": seen & ~learnable & ~solved}
-        return {f"{name}_share": float(rows.mean()) for name, rows in kinds.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """All memory as plain lists and numbers; `load_state_dict` continues bit for bit."""

@@ -62,7 +62,7 @@ def simulate(seeds: np.ndarray, quick: bool) -> list[Row]:
             for game, way in WAYS:
                 controller = GDROController.uniform(BUDGET, seed=seed)
                 if game in GAMES:
-                    controller = GDROController.recommended(BUDGET, prompt=game == "joint", seed=seed)
+                    controller = GDROController.joint_play(BUDGET, prompt=game == "joint", seed=seed)
                 population = SkillPopulation(
                     seed, prompts=prompts, learning_rate=0.0108 * 500 / steps, normalised=normalised
                 )

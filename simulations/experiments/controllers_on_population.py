@@ -48,9 +48,9 @@ CONTROLLERS: dict[str, Callable[[int], Planner]] = {
     "null: counts permuted": _permuted,
     "published prompt": lambda seed: PublishedController(BUDGET, seed=seed),
     "published rollout": lambda seed: PublishedController(BUDGET, prompt=False, rollout=True, seed=seed),
-    "recommended prompt": lambda seed: GDROController.recommended(BUDGET, rollout=False, seed=seed),
-    "recommended rollout": lambda seed: GDROController.recommended(BUDGET, prompt=False, seed=seed),
-    "recommended joint": lambda seed: GDROController.recommended(BUDGET, seed=seed),
+    "recommended prompt": lambda seed: GDROController.joint_play(BUDGET, rollout=False, seed=seed),
+    "recommended rollout": lambda seed: GDROController.joint_play(BUDGET, prompt=False, seed=seed),
+    "recommended joint": lambda seed: GDROController.joint_play(BUDGET, seed=seed),
     "joint, objective preserved": _preserving,
 }
 

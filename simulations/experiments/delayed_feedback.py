@@ -65,7 +65,7 @@ def _missing(seeds: np.ndarray, chance: float, horizon: int) -> np.ndarray:
 def _merged(seed: int, parts: int, batches: int) -> bool:
     """Whether a controller that observes merged parts differs from one that observes all at once."""
     rng = np.random.default_rng([seed, parts])
-    at_once, in_parts = (GDROController.recommended(mean_rollouts=4, num_bins=5, seed=seed) for _ in range(2))
+    at_once, in_parts = (GDROController.joint_play(mean_rollouts=4, num_bins=5, seed=seed) for _ in range(2))
     solved = rng.random(40)
     for _ in range(batches):
         ids = rng.choice(40, 16, replace=False)

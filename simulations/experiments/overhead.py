@@ -36,7 +36,7 @@ BATCH, BUDGET, FAR = 256, 4, 10**8
 
 def _known(prompts: int) -> GDROController:
     """A joint controller that has seen all prompts once."""
-    controller = GDROController.recommended(mean_rollouts=BUDGET)
+    controller = GDROController.joint_play(mean_rollouts=BUDGET)
     for ids in np.array_split(np.arange(prompts), -(-prompts // 50_000)):
         controller.classifier.observe(ids, ids % 5, np.full(ids.size, 4))
     return controller

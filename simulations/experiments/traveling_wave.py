@@ -31,7 +31,7 @@ COLUMNS = {
 SEEDS, BLOCK = 20, 5
 BUDGET, BINS, WINDOW = 4, 10, 10
 CONTROLLERS: dict[str, Callable[[int], Planner]] = {
-    "recommended joint": lambda seed: GDROController.recommended(BUDGET, seed=seed),
+    "recommended joint": lambda seed: GDROController.joint_play(BUDGET, seed=seed),
     "published prompt": lambda seed: PublishedController(BUDGET, seed=seed),
     "published rollout": lambda seed: PublishedController(BUDGET, prompt=False, rollout=True, seed=seed),
 }

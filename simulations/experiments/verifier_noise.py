@@ -50,7 +50,7 @@ def simulate(seeds: np.ndarray, quick: bool) -> list[Row]:
                 )
                 start = population.pass_rate
                 if prompt or rollout:
-                    controller = GDROController.recommended(BUDGET, prompt=prompt, rollout=rollout, seed=seed)
+                    controller = GDROController.joint_play(BUDGET, prompt=prompt, rollout=rollout, seed=seed)
                 else:
                     controller = GDROController.uniform(BUDGET, seed=seed)
                 run = train(population, controller, steps, batch, BUDGET, seed)

@@ -38,7 +38,7 @@ def no_regret(implicit=False, **options):
     return PromptGDRO(4, adversary=adversary, uniform_reference=True, **options)
 
 
-RECOMMENDED = GDROController.recommended
+RECOMMENDED = GDROController.joint_play
 BUILD = {
     "uniform": lambda: GDROController.uniform(4, seed=3),
     "recommended": lambda: RECOMMENDED(4, seed=3),

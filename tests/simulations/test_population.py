@@ -100,7 +100,7 @@ def test_same_seed_same_run_and_budgets_are_equal():
     """Two runs are bit for bit the same; a controller spends what uniform spends at every step, on the same prompts."""
     runs = [
         train(SkillPopulation(3, prompts=60, held_out=20), controller, 15, 20, 4, 5)
-        for controller in (GDROController.recommended(4), GDROController.recommended(4), GDROController.uniform(4))
+        for controller in (GDROController.joint_play(4), GDROController.joint_play(4), GDROController.uniform(4))
     ]
     for step, again, uniform in zip(*runs, strict=True):
         assert all(step[key] == again[key] for key in ("rollouts", "mean_at_8", "pass_at_8", "worst"))
@@ -138,8 +138,8 @@ def test_a_planner_off_the_budget_is_refused():
 
 def test_counting_makes_the_update_a_mean_over_rollouts():
     """By a loop over rollouts: weight times advantage times score, over all; the controller is not disturbed."""
-    population, planner = SkillPopulation(0, prompts=40), Counting(GDROController.recommended(4, seed=0))
-    alone, rng, rows = GDROController.recommended(4, seed=0), np.random.default_rng(0), np.arange(40)
+    population, planner = SkillPopulation(0, prompts=40), Counting(GDROController.joint_play(4, seed=0))
+    alone, rng, rows = GDROController.joint_play(4, seed=0), np.random.default_rng(0), np.arange(40)
     for _ in range(4):
         plan, own = planner.plan(rows.tolist()), alone.plan(rows.tolist())
         rewards = population.sample(rows, plan.counts, rng)

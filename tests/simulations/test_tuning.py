@@ -8,7 +8,7 @@ from simulations.experiments.tuning import BUDGET, RECOMMENDED, controller
 
 def test_the_recommended_choice_is_the_recommended_preset():
     """The same plans over ten batches of prompts that come back."""
-    ours, shipped = controller(RECOMMENDED, 3), GDROController.recommended(BUDGET, seed=3)
+    ours, shipped = controller(RECOMMENDED, 3), GDROController.joint_play(BUDGET, seed=3)
     rng = np.random.default_rng(0)
     for _ in range(10):
         ids = rng.choice(40, 20, replace=False).tolist()

@@ -98,7 +98,7 @@ def test_resuming_refuses_checkpoints_of_other_runs(run, configure, fit, tmp_pat
 def test_failed_rollouts_are_no_zeros(fit, configure):
     """A controller learns from the rollouts that came back; the only survivor of a group is not trained on."""
     trainer, log = fit(configure(*STEPS, often=(1, 9, 13), once=(2, 3, 4, 5, 6)))
-    controller = GDROController.recommended(4, 2, 8, seed=3)
+    controller = GDROController.joint_play(4, 2, 8, seed=3)
     lone = gone = some = 0
     for ids, owner, sessions, rewards, _, advantages in batches(trainer):
         plan = controller.plan(ids)
@@ -123,7 +123,7 @@ def test_rewards_outside_zero_and_one_are_observed_by_another_metric(fit, config
     with pytest.raises(UsageError, match=r"gdro\.metric must be 'reward' or .*score, acc.*, got 'points'"):
         fit(configure("+gdro.metric=points", wrong=-1))
     trainer, _ = fit(configure("+gdro.metric=acc", "trainer.total_training_steps=1", wrong=-1))
-    controller = GDROController.recommended(4)
+    controller = GDROController.joint_play(4)
     ((ids, _owner, _sessions, rewards, *_),) = batches(trainer)
     controller.observe(controller.plan(ids), (rewards + 1) / 2)
     assert trainer.controller.state_dict() == controller.state_dict()
@@ -132,7 +132,7 @@ def test_rewards_outside_zero_and_one_are_observed_by_another_metric(fit, config
 def test_advantages_that_are_not_scaled_get_the_weights_alone(fit, configure):
     """Dr.GRPO: no standard deviation to be undone; aggregation=prompt undoes the number of rollouts."""
     trainer, _ = fit(configure(*STEPS, "algorithm.norm_adv_by_std_in_grpo=False", "+gdro.aggregation=prompt"))
-    controller = GDROController.recommended(4, 2, 8, seed=3)
+    controller = GDROController.joint_play(4, 2, 8, seed=3)
     for ids, owner, _, rewards, returns, advantages in batches(trainer):
         plan = controller.plan(ids)
         np.testing.assert_allclose(advantages, returns * (plan.weights * 4 / plan.counts)[owner], rtol=1e-6)

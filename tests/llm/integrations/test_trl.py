@@ -47,7 +47,7 @@ def data(prompts=PROMPTS, **columns) -> Dataset:
 
 
 def controller(**settings) -> GDROController:
-    return GDROController.recommended(**{"mean_rollouts": 4, "min_rollouts": 2, "max_rollouts": 9, **settings})
+    return GDROController.joint_play(**{"mean_rollouts": 4, "min_rollouts": 2, "max_rollouts": 9, **settings})
 
 
 class Recorder:
