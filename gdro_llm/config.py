@@ -156,6 +156,9 @@ class Config:
     cvar_alpha: float = _controller(0.5, "share of the prompts in the tail of the cvar adversary", gt=0, le=1)
     chi_square_rho: float = _controller(0.5, "radius of the chi-square adversary", ge=0.0)
     utility: str = _controller("variance", "of the recommended rollouts", tuple(UTILITIES))
+    measure_every: int = _controller(
+        10, "steps between measurements of the gradient's parts by a controller that learns them; 0: none", ge=0
+    )
 
     engine: str = _sampling("hf", "transformers, or vLLM in this process", ("hf", "vllm"), evaluation=True)
     vllm_memory: float = _sampling(

@@ -64,7 +64,7 @@ class TokenLogprobs(nn.Module):
         with self.autocast(), self._layers_as_configured():
             hidden_R_S_H = self.model.base_model(input_ids=rows_R_S, use_cache=False).last_hidden_state
             row, t = mask_R_T.nonzero(as_tuple=True)
-            return self._read(hidden_R_S_H[row, first_R[row] - 1 + t], tokens_R_T, mask_R_T)
+            return self.read(hidden_R_S_H[row, first_R[row] - 1 + t], tokens_R_T, mask_R_T)
 
     def shared(
         self, prompts: list[list[int]], owner_R: torch.Tensor, tokens_R_T: torch.Tensor, mask_R_T: torch.Tensor
@@ -85,12 +85,15 @@ class TokenLogprobs(nn.Module):
                     use_cache=True,
                 )
                 hidden_R_T_H = torch.cat([hidden_R_T_H, out.last_hidden_state], dim=1)
-            return self._read(hidden_R_T_H[mask_R_T.bool()], tokens_R_T, mask_R_T)
+            return self.read(hidden_R_T_H[mask_R_T.bool()], tokens_R_T, mask_R_T)
 
-    def _read(
+    def read(
         self, hidden_N_H: torch.Tensor, tokens_R_T: torch.Tensor, mask_R_T: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Through the output layer, in chunks that are computed again in the backward pass if there are several."""
+        """Hidden states that predict the tokens of the mask, through the output layer.
+
+        In chunks, that are computed again in the backward pass if there are several.
+        """
         where = mask_R_T.bool()
         targets_N = tokens_R_T[where]
         size = max(1, CHUNK // self.model.get_output_embeddings().weight.shape[0])

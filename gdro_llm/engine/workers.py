@@ -163,17 +163,22 @@ def reshard(root: nn.Module) -> None:
 
 @contextmanager
 def whole_weights(root: nn.Module) -> Iterator[None]:
-    """Every process holds all weights (in the format of compute) and runs `root`'s parts alone, without gradients."""
+    """Every process holds all weights (in the format of compute) and runs `root`'s parts alone.
+
+    Gradients are off; where they are switched on, those of weights must not be asked for: they would stay here.
+    """
     sharded = [module for module in root.modules() if isinstance(module, FSDPModule)]
     for module in sharded:
         module.unshard()
         module.set_reshard_after_forward(False, recurse=False)
+        module.set_reshard_after_backward(False, recurse=False)
     try:
         with torch.no_grad():
             yield
     finally:
         for module in sharded:
             module.set_reshard_after_forward(module is not root, recurse=False)
+            module.set_reshard_after_backward(True, recurse=False)
             module.reshard()
 
 

@@ -46,6 +46,7 @@ from gdro_llm.training.checkpoint import (
     save_checkpoint,
 )
 from gdro_llm.training.clock import Clock, trained_tokens
+from gdro_llm.training.components import measure
 from gdro_llm.training.evaluation import evaluate, has_exact_rates
 from gdro_llm.training.gradient import sampler_gap
 from gdro_llm.training.optimizer_state import load_optimizer_state, optimizer_state
@@ -86,18 +87,20 @@ def train(
             collected = collect(  # plan -> sample -> grade -> observe
                 step, run.train_problems, controller, run.sampler, run.grader, config, workers, clock
             )
+            plan, rollouts = collected.plan, collected.batch.rollouts
+            with clock("measure"):  # what the gradient is made of, for controllers that learn it: every few steps
+                measured = measure(controller, run.policy, rollouts, collected.rewards_R, plan, config, step, workers)
             if step == run.first_step:
-                run.check_sampler(step, sampler_gap(run.policy, collected.batch.rollouts, config, workers))
+                run.check_sampler(step, sampler_gap(run.policy, rollouts, config, workers))
             with clock("update"):
                 batch = run.refill.add(collected.batch) if config.refill else collected.batch
                 losses_P, updated = run.update(step, batch)
             if isinstance(controller, PublishedController):  # its payoff is a by-product of the update
-                controller.observe_losses(collected.plan, losses_P)
+                controller.observe_losses(plan, losses_P)
 
             run.check_sampler(step, updated.get("sampler_gap", 0.0))
-            plan, rollouts = collected.plan, collected.batch.rollouts
             sampled = summarise(collected.rewards_R, plan.owner, plan.weights, rollouts, workers)
-            run.log(step, {**sampled, **updated, **collected.observed}, clock, collected, batch)
+            run.log(step, {**sampled, **updated, **collected.observed, **measured}, clock, collected, batch)
             stopping = 0 if run.refill.waiting else run.agree(stop.received)  # groups that wait are not saved
             run.evaluate_and_save(step, stopping)
             if stopping and step + 1 < config.steps:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from safetensors.torch import load_file, save_file
 
+from gdro_core import Plan
 from gdro_llm.config import Config, UsageError
 from gdro_llm.engine.policy import Policy, load_policy
 from gdro_llm.engine.rollouts import Rollouts
@@ -28,6 +29,7 @@ from gdro_llm.engine.workers import (
     whole_weights,
 )
 from gdro_llm.training.batch import Batch
+from gdro_llm.training.components import HalfGroups, half_gradients
 from gdro_llm.training.losses import group_advantages, rollout_scale
 from gdro_llm.training.optimizer_state import load_optimizer_state, optimizer_state
 from gdro_llm.training.update import build_optimizer, update
@@ -82,6 +84,7 @@ def two_steps(config: Config, rewards: np.ndarray, rollouts: Rollouts, workers: 
         named = policy.model.named_parameters()
         results["gradients"] |= {name: full(p.grad).clone() for name, p in named if p.grad is not None}
 
+    results["measured"] = measured(policy, mine, config, workers)
     hook = optimizer.register_step_pre_hook(keep_gradients)
     results["first"] = step(policy, optimizer)
     hook.remove()
@@ -99,6 +102,12 @@ def two_steps(config: Config, rewards: np.ndarray, rollouts: Rollouts, workers: 
     results["third again"] = step(again, optimizer)
     results["resumed"] = max(float((a - b).abs().max()) for a, b in zip(each(policy), each(again), strict=True))
     return results
+
+
+def measured(policy: Policy, rollouts: Rollouts, config: Config, workers: Workers) -> HalfGroups:
+    """Halves of all groups of at least 4 rollouts, in micro-batches of one prompt."""
+    plan = Plan(tuple(range(6)), np.zeros(6, int), WEIGHTS, COUNTS, 0.0, 0)
+    return half_gradients(policy, rollouts, REWARDS, plan, replace(config, update_tokens=1), 0, workers)
 
 
 def each(policy: Policy):
@@ -189,6 +198,10 @@ def compare(two: list[dict], one: dict, _: Path, name: str) -> None:
             for key in metrics:
                 assert metrics[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-6), (step, key)
         assert two[rank][name]["gradients"].keys() == one[name]["gradients"].keys()
+        for field in fields(HalfGroups):  # before the first step, on the same weights
+            mine, other = (getattr(run[name]["measured"], field.name) for run in (two[rank], one))
+            assert other.any()
+            np.testing.assert_allclose(mine, other, rtol=1e-3, atol=1e-5 * abs(other).max(), err_msg=field.name)
         for key in ("gradients", "weights"):
             for weight, expected in one[name][key].items():
                 weight_of_two = two[rank][name][key][weight]
