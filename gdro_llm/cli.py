@@ -45,15 +45,15 @@ Train a language model by GRPO, steered by group distributionally robust control
 Each step: the controller plans a weight and a number of rollouts for every prompt, the policy samples, completions are
 graded, the controller observes, the policy is updated. `--controller` chooses the planner:
 
-  grpo                    every prompt the same: the baseline
-  recommended             both games, coupled: hard prompts weigh more and get more rollouts, at the same total
-  recommended-prompt      weights only            published-prompt     weights as in arXiv 2601.19280
-  recommended-rollout     rollouts only           published-rollout    rollouts, with --aggregation prompt
+  grpo                every prompt the same: the baseline
+  recommended         most rollouts for prompts that are solved sometimes, few or none for solved and hopeless ones
+  joint               weights and rollouts lean to hard prompts; joint-prompt: weights only, joint-rollout: rollouts only
+  published-prompt    weights as in arXiv 2601.19280; published-rollout: rollouts, with --aggregation prompt
 """
 
 EXTRA = {"torch", "transformers", "safetensors", "peft", "math_verify", "pebble", "datasets", "tqdm", "matplotlib"}
 EXTRA |= {"pydantic", "click"}  # without which nothing here can be imported: `gdro_llm.__main__` says so
-METHODS = "grpo,null,prompt,rollout,joint"
+METHODS = "grpo,null,joint,recommended"
 FOLDER = click.Path(path_type=Path)
 
 
@@ -308,14 +308,15 @@ def compare(
     Train every method with every seed, from the same warm start, on the same prompts, with the same total rollouts, and
     report what the paired differences show. The same command resumes a comparison that was stopped.
 
-      gdro compare quickstart --methods grpo,joint --seeds 4                    a few minutes on two cores
-      gdro compare quickstart --methods grpo,null,prompt,rollout,joint,mopps,dapo,published-prompt+minibatches=2
-      gdro compare smollm2-arith --model DIR --methods grpo,joint+adversary_step=1 --validation-problems 100
+      gdro compare quickstart --methods grpo,recommended --seeds 4              a few minutes on two cores
+      gdro compare quickstart --methods grpo,null,joint,recommended,mopps,dapo,published-prompt+minibatches=2
+      gdro compare smollm2-arith --model DIR --methods grpo,recommended+kappa=1 --validation-problems 100
+      gdro compare quickstart --methods grpo,grpo+mean_rollouts=8+batch_size=64       larger groups, same rollouts
 
-    A method is a name, followed by settings, each after a plus: grpo, null (the recommended plan assigned to random
-    prompts), prompt, rollout, joint (recommended, one game or both), implicit (uniform rollouts, with the weights that
-    the planned ones would imply), published-prompt, published-rollout, dr-grpo, dapo (only mixed groups; all rollouts
-    count), mopps.
+    A method is a name, followed by settings, each after a plus: grpo, recommended, null (its plan assigned to random
+    prompts), joint, prompt, rollout (joint play, both games or one), joint-null, implicit (uniform rollouts, with the
+    weights that joint play's would imply), published-prompt, published-rollout, dr-grpo, dapo (only mixed groups; all
+    rollouts count), mopps.
 
     While a run trains it is evaluated on validation problems; the table is of the test problems, with the last weights
     and with those best on the validation problems. A difference counts as evidence where its 95 % bootstrap interval

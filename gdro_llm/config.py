@@ -21,18 +21,19 @@ from typing import Any, Self, get_type_hints
 from pydantic import ConfigDict, ModelWrapValidatorHandler, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
-from gdro_core import UTILITIES
 from gdro_llm.training.losses import LOSSES
 
 PRESETS = Path(__file__).parent / "presets"
 CONTROLLERS = (
     "grpo",
     "recommended",
-    "recommended-prompt",
-    "recommended-rollout",
+    "joint",
+    "joint-prompt",
+    "joint-rollout",
     "published-prompt",
     "published-rollout",
     "null",
+    "joint-null",
     "implicit",
     "implicit-rollout",
     "mopps",
@@ -147,18 +148,29 @@ class Config:
     # at least 2: one rollout has no advantage over itself
     mean_rollouts: int = _controller(4, "mean rollouts per prompt, n̄: the budget, met exactly in every step", ge=2)
     min_rollouts: int = _controller(
-        2, "fewest rollouts that a prompt can get; 0 needs a utility that may pass a prompt over", ge=0
+        0, "fewest rollouts that a prompt can get; 0: recommended may pass prompts over, the others give 2", ge=0
     )
     max_rollouts: int = _controller(12, "most rollouts that a prompt can get")
     num_bins: int = _controller(10, "difficulty bins, equal in pass rate", ge=1)
-    adversary: str = _controller("entropic", "of the recommended weights", tuple(DIALS))
-    adversary_step: float = _controller(2.0, "how far the entropic adversary goes (eta)", ge=0.0)
+    candidates: int = _controller(
+        1, "prompts offered for each one of the batch, of which a controller that may pass prompts over chooses", ge=1
+    )
+    kappa: float = _controller(
+        0.5, "a prompt's own part of the gradient over the noise of a rollout, until it is measured", ge=0.0
+    )
+    measure_every: int = _controller(
+        10, "steps between measurements of kappa by the recommended controller; 0: none, kappa stays", ge=0
+    )
+    verifier_error: float = _controller(0.0, "share of the grades that the verifier gets wrong, as known", ge=0, lt=0.5)
+    adversary: str = _controller("entropic", "of the weights", tuple(DIALS))
+    adversary_step: float = _controller(
+        0.0,
+        "how far the entropic adversary goes (eta); 0: 0.5 for the recommended controller, 2 for joint play",
+        ge=0.0,
+    )
     cvar_alpha: float = _controller(0.5, "share of the prompts in the tail of the cvar adversary", gt=0, le=1)
     chi_square_rho: float = _controller(0.5, "radius of the chi-square adversary", ge=0.0)
-    utility: str = _controller("variance", "of the recommended rollouts", tuple(UTILITIES))
-    measure_every: int = _controller(
-        10, "steps between measurements of the gradient's parts by a controller that learns them; 0: none", ge=0
-    )
+    utility: str = _controller("variance", "of the rollouts of joint play", ("variance", "mixed", "hit"))
 
     engine: str = _sampling("hf", "transformers, or vLLM in this process", ("hf", "vllm"), evaluation=True)
     vllm_memory: float = _sampling(
@@ -230,19 +242,11 @@ class Config:
         for adversary, dial in DIALS.items():
             if adversary != self.adversary and self._is_set(dial):
                 raise UsageError(f"{dial} changes nothing with adversary {self.adversary!r}")
-        family, _, game = self.controller.partition("-")
-        steered = family in ("recommended", "null", "implicit")
-        for name in ("adversary", *DIALS.values(), "utility"):
-            without = "prompt" if name == "utility" else "rollout"
-            if (not steered or game == without) and self._is_set(name):
+        for name in self._without_effect():
+            if self._is_set(name):
                 raise UsageError(f"{name} changes nothing with controller {self.controller!r}")
-        fewest = UTILITIES[self.utility].fewest if steered and game != "prompt" else 1
-        if self.min_rollouts < fewest:
-            able = " or ".join(repr(name) for name, utility in UTILITIES.items() if utility.fewest == 0)
-            raise UsageError(
-                f"min_rollouts must be at least {fewest} with controller {self.controller!r} and utility "
-                f"{self.utility!r}, got {self.min_rollouts}: recommended rollouts with utility {able} may be 0"
-            )
+        if self.candidates > 1 and self.min_rollouts:
+            raise UsageError(f"candidates need min_rollouts 0, got {self.min_rollouts}")
         if 0 < self.importance_cap < 1:
             raise UsageError(f"importance_cap must be 0 (off) or at least 1, got {self.importance_cap!r}")
         if not LOSSES[self.loss].is_surrogate and self.controller.startswith("published"):
@@ -252,7 +256,7 @@ class Config:
         for name, value in _PRESERVING.items():
             if self.preserve_objective and getattr(self, name) != value:
                 raise UsageError(f"preserve_objective needs {name} {value!r}, got {getattr(self, name)!r}")
-        if self.preserve_objective and not self.controller.startswith("recommended"):
+        if self.preserve_objective and self.controller not in ("joint", "joint-prompt", "joint-rollout"):
             raise UsageError(f"preserve_objective must be off with controller {self.controller!r}")
         if self.controller == "published-rollout" and self.aggregation != "prompt":
             raise UsageError("controller 'published-rollout' needs aggregation 'prompt', the mean of Eq. 7")
@@ -281,6 +285,16 @@ class Config:
         if "{problem}" not in self.template:
             raise UsageError(f"template must contain {{problem}}, got {self.template!r}")
 
+    def _without_effect(self) -> set[str]:
+        """Settings that the controller does not look at."""
+        weights, frontier = {"adversary", *DIALS.values()}, {"candidates", "kappa", "measure_every", "verifier_error"}
+        family, _, game = self.controller.partition("-")
+        if family in ("recommended", "null"):
+            return {"utility"}
+        if family in ("joint", "implicit"):
+            return frontier | {"prompt": {"utility"}, "rollout": weights}.get(game, set())
+        return frontier | weights | {"utility"}
+
     def _is_set(self, name: str) -> bool:
         return bool(getattr(self, name) != getattr(Config, name))
 
@@ -292,13 +306,28 @@ class Config:
         """Differences that forbid a run with this configuration to continue one that was started as `before`.
 
         Args:
-            before: what the config.json of the earlier run holds; an absent key has its default.
+            before: what the config.json of the earlier run holds, see `named_as_now`; an absent key has its default.
 
         Returns:
-            Earlier and present value of each key that differs and is not in `RESUMABLE`.
+            Earlier and present value of each key that differs, has an effect, and is not in `RESUMABLE`.
         """
-        pairs = {key: (before.get(key, getattr(Config, key)), value) for key, value in asdict(self).items()}
-        return {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and key not in RESUMABLE}
+        now, then = asdict(self), named_as_now(before)
+        idle = self._without_effect() if then.get("controller") == self.controller else set()
+        own = {"adversary_step": 0.5 if self.controller in ("recommended", "null") else 2.0, "min_rollouts": 2}
+        if self.controller in ("recommended", "null"):
+            del own["min_rollouts"]  # there 0 means 0
+        pairs = {key: (then.get(key, getattr(Config, key)), value) for key, value in now.items()}
+        differ = {key for key, (a, b) in pairs.items() if (a or own.get(key, a)) != (b or own.get(key, b))}
+        return {key: pair for key, pair in pairs.items() if key in differ - set(RESUMABLE) - idle}
+
+
+def named_as_now(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that an earlier version wrote: before there was a `kappa`, "recommended" meant joint play."""
+    values = dict(saved)
+    family, dash, game = str(values.get("controller", "")).partition("-")
+    if "kappa" not in saved and family in ("recommended", "null"):
+        values["controller"] = {"recommended": "joint", "null": "joint-null"}[family] + dash + game
+    return values
 
 
 OPTIONS = {spec.name: spec.metadata for spec in fields(Config)}

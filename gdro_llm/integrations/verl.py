@@ -49,7 +49,7 @@ from gdro_llm.training.tracking import flatten
 TESTED = "0.9.1"  # with transformers 5.10, torch 2.13; without a GPU
 MODE = "gdro_sync"
 STATE = "gdro_controller.json"  # beside data.pt in verl's checkpoint folder
-CONTROLLERS = ("grpo", "recommended", "recommended-prompt", "recommended-rollout")
+CONTROLLERS = ("grpo", "recommended", "joint", "joint-prompt", "joint-rollout")
 
 # loss(w A) = w loss(A) for w > 0: weighting the advantage is weighting the sample's loss. Not so: clip_cov and kl_cov
 # choose tokens by the size of A, dro has a term without A; of a loss of the user's own it is not known.
@@ -61,9 +61,12 @@ class Settings:
     """The key `gdro` of verl's configuration."""
 
     controller: str = "recommended"  # one of CONTROLLERS; "grpo" is plain GRPO with difficulty in the metrics
-    min_rollouts: int = 2  # fewest rollouts a prompt can get, 0 or at least 2: verl makes no advantage of a single one
+    # fewest rollouts a prompt can get, 0 (joint play: then 2) or at least 2: verl makes no advantage of a single one
+    min_rollouts: int = 0
     max_rollouts: int = 12  # most rollouts a prompt can get
     num_bins: int = 10  # difficulty bins, equal in pass rate
+    kappa: float = 0.5  # of recommended: a prompt's own part of the gradient over the noise of a rollout (not measured)
+    verifier_error: float = 0.0  # of recommended: share of the grades that the verifier gets wrong
     seed: int = 0  # decides ties
     metric: str = "reward"  # what is observed: the reward, or an entry of reward_extra_info like "acc"; in [0, 1]
     aggregation: str = "rollout"  # a prompt's factor in the loss: its weight times its rollouts, or ("prompt") without
@@ -104,16 +107,15 @@ class Settings:
         try:
             if self.controller == "grpo":
                 return GDROController.uniform(mean_rollouts, num_bins=self.num_bins, seed=self.seed)
-            game = self.controller.partition("-")[2]
-            return GDROController.recommended(
-                mean_rollouts,
-                self.min_rollouts,
-                self.max_rollouts,
-                num_bins=self.num_bins,
-                prompt=game != "rollout",
-                rollout=game != "prompt",
-                seed=self.seed,
-            )
+            shared: dict[str, Any] = {"num_bins": self.num_bins, "seed": self.seed}
+            if self.controller == "recommended":
+                dials = {"kappa": self.kappa, "error": self.verifier_error}
+                return GDROController.recommended(
+                    mean_rollouts, self.min_rollouts, self.max_rollouts, **dials, **shared
+                )
+            low, game = self.min_rollouts or 2, self.controller.partition("-")[2]
+            games = {"prompt": game != "rollout", "rollout": game != "prompt"}
+            return GDROController.joint_play(mean_rollouts, low, self.max_rollouts, **games, **shared)
         except ValueError as error:
             raise UsageError(f"gdro: {error}") from error
 

@@ -38,9 +38,8 @@ from gdro_llm.training.stopping import SIGNALS, Stopped, StopRequest, stop_reque
 Place = tuple[str, int]  # label of a method, seed
 
 METHODS: dict[str, dict[str, Any]] = {
-    "joint": {"controller": "recommended"},
-    "prompt": {"controller": "recommended-prompt"},
-    "rollout": {"controller": "recommended-rollout"},
+    "prompt": {"controller": "joint-prompt"},
+    "rollout": {"controller": "joint-rollout"},
     "dr-grpo": {"controller": "grpo", "loss": "dr_grpo", "scale_rewards": False},
     "dapo": {"controller": "grpo", "refill": True},
     **{name: {"controller": name} for name in CONTROLLERS},

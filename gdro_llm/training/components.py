@@ -24,13 +24,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import nn
 
-from gdro_core import Plan, Planner
+from gdro_core import GDROController, Plan, Planner
 from gdro_llm.config import Config, UsageError
 from gdro_llm.engine.policy import Policy, decoder_layers
 from gdro_llm.engine.rollouts import Rollouts
@@ -53,22 +52,6 @@ class HalfGroups:
     trials_M_2: np.ndarray
 
 
-@runtime_checkable
-class LearnsComponents(Protocol):
-    """A controller that wants to know what the gradient is made of."""
-
-    def observe_gradients(
-        self,
-        plan: Plan,
-        prompts: np.ndarray,
-        first: np.ndarray,
-        second: np.ndarray,
-        correct: np.ndarray,
-        trials: np.ndarray,
-    ) -> dict[str, Any]:
-        """Learn from the halves of some groups of the plan, as in `HalfGroups`; returns metrics."""
-
-
 def measure(
     controller: Planner,
     policy: Policy,
@@ -78,13 +61,12 @@ def measure(
     config: Config,
     step: int,
     workers: Workers = SINGLE_PROCESS,
-) -> dict[str, Any]:
-    """Let a controller that learns components observe `half_gradients` every `measure_every` steps; its metrics."""
+) -> None:
+    """Let a controller that learns variance components observe `half_gradients`, every `measure_every` steps."""
     due = config.measure_every and step % config.measure_every == 0
-    if not due or not isinstance(controller, LearnsComponents):
-        return {}
-    h = half_gradients(policy, rollouts, rewards_R, plan, config, step, workers)
-    return controller.observe_gradients(plan, h.prompts_M, h.first_M_D, h.second_M_D, h.correct_M_2, h.trials_M_2)
+    if due and isinstance(controller, GDROController) and controller.components is not None:
+        h = half_gradients(policy, rollouts, rewards_R, plan, config, step, workers)
+        controller.observe_gradients(plan, h.prompts_M, h.first_M_D, h.second_M_D, h.correct_M_2, h.trials_M_2)
 
 
 def half_gradients(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from gdro_core import (
 )
 from gdro_llm.config import Config, UsageError
 
-CANDIDATES = 4  # prompts that "mopps" chooses each of its own from
+MOPPS_CANDIDATES = 4  # prompts that "mopps" chooses each of its own from
 
 
 class PermutedPlan(GDROController):
@@ -65,22 +66,25 @@ class ImpliedWeights(GDROController):
 
 
 class MoPPS(GDROController):
-    """MoPPS (arXiv 2507.04632): train on the quarter of the candidates that `nearest_to_half` draws.
-
-    `plan` gets the candidates and plans for a quarter of them.
-    """
+    """MoPPS (arXiv 2507.04632): train on those of the candidates that `nearest_to_half` draws."""
 
     def plan(self, ids: Sequence[Hashable], *, budget: int | None = None) -> Plan:
         """See `GDROController.plan`; the ids of the plan are some of `ids`."""
         rng = np.random.default_rng([self.seed, self._step, 1])
-        chosen = nearest_to_half(*self.classifier.posterior(ids), max(1, len(ids) // CANDIDATES), rng)
+        size = len(ids) if budget is None else int(budget / self.mean_rollouts)
+        chosen = nearest_to_half(*self.classifier.posterior(ids), size, rng)
         return super().plan([ids[i] for i in np.sort(chosen)])
 
 
-def adversary_of(config: Config) -> Adversary:
-    """The adversary that `config.adversary` names, with its dial."""
+def candidates_of(config: Config) -> int:
+    """Prompts offered to the controller for each one of the batch."""
+    return MOPPS_CANDIDATES if config.controller == "mopps" else config.candidates
+
+
+def adversary_of(config: Config, step: float) -> Adversary:
+    """The adversary that `config.adversary` names, with its dial; `step` is the entropic one's if none is set."""
     adversaries = {
-        "entropic": Entropic(config.adversary_step),
+        "entropic": Entropic(config.adversary_step or step),
         "cvar": CVaR(config.cvar_alpha),
         "chi-square": ChiSquare(config.chi_square_rho),
     }
@@ -90,26 +94,30 @@ def adversary_of(config: Config) -> Adversary:
 def build_controller(config: Config) -> GDROController | PublishedController:
     """The planner that `config.controller` names."""
     family, _, game = config.controller.partition("-")
+    shared: dict[str, Any] = {"num_bins": config.num_bins, "seed": config.seed}
     if family in ("grpo", "mopps"):
         kind = {"grpo": GDROController, "mopps": MoPPS}[family]
-        return kind.uniform(config.mean_rollouts, num_bins=config.num_bins, seed=config.seed)
-    bounds = (config.mean_rollouts, config.min_rollouts, config.max_rollouts)
+        return kind.uniform(config.mean_rollouts, **shared)
     prompt, rollout = game != "rollout", game != "prompt"
+    mean, low, high = config.mean_rollouts, config.min_rollouts, config.max_rollouts
     try:
         if family == "published":
-            return PublishedController(
-                *bounds, num_bins=config.num_bins, prompt=prompt, rollout=rollout, seed=config.seed
-            )
-        kinds = {"recommended": GDROController, "null": PermutedPlan, "implicit": ImpliedWeights}
-        controller = kinds[family].recommended(
-            *bounds,
-            num_bins=config.num_bins,
+            return PublishedController(mean, low or 2, high, prompt=prompt, rollout=rollout, **shared)
+        if family in ("recommended", "null"):
+            own = {"recommended": GDROController, "null": PermutedPlan}[family]
+            dials = {"kappa": config.kappa, "error": config.verifier_error}
+            return own.recommended(mean, low, high, adversary=adversary_of(config, 0.5), **dials, **shared)
+        kinds = {"joint": GDROController, "implicit": ImpliedWeights}
+        controller = (PermutedPlan if game == "null" else kinds[family]).joint_play(
+            mean,
+            low or 2,
+            high,
             prompt=prompt,
             rollout=rollout,
-            adversary=adversary_of(config),
+            adversary=adversary_of(config, 2.0),
             utility=UTILITIES[config.utility],
             preserve_objective=config.preserve_objective,
-            seed=config.seed,
+            **shared,
         )
     except ValueError as error:
         raise UsageError(str(error)) from error

@@ -22,7 +22,7 @@ from gdro_llm.problems.prompting import prompt_tokens
 from gdro_llm.problems.rewards import Grader
 from gdro_llm.training.batch import Batch, make_batch
 from gdro_llm.training.clock import Clock
-from gdro_llm.training.planners import CANDIDATES
+from gdro_llm.training.planners import candidates_of
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def collect(
     """Plan a batch, sample and grade this process' rows, and let the controller observe the rewards of all rows."""
     with clock("controller"):
         offered = {problem.id: problem for problem in candidates(problems, config, step)}
-        plan = controller.plan(list(offered))
+        plan = controller.plan(list(offered), budget=config.batch_size * config.mean_rollouts)
     chosen = [offered[str(name)] for name in plan.ids]
     prompts = [  # those passed over stay empty
         prompt_tokens(sampler.policy.tokenizer, problem, config) if count else []
@@ -75,12 +75,12 @@ def collect(
 
 
 def candidates(problems: Sequence[Problem], config: Config, step: int) -> list[Problem]:
-    """The problems of a step; for a planner that chooses, these and others."""
+    """The problems of a step, in the order of the epoch; for a controller that chooses, then others at random."""
     rows = batch_indices(len(problems), config.batch_size, step, config.seed)
-    if config.controller == "mopps":
+    more = (candidates_of(config) - 1) * len(rows)
+    if more:
         others = np.setdiff1d(np.arange(len(problems)), rows)
-        order = np.random.default_rng([config.seed, step, 3]).permutation(others)
-        rows = np.concatenate([rows, order[: (CANDIDATES - 1) * len(rows)]])
+        rows = np.concatenate([rows, np.random.default_rng([config.seed, step, 3]).permutation(others)[:more]])
     return [problems[i] for i in rows]
 
 

@@ -50,7 +50,7 @@ from gdro_llm.training.components import measure
 from gdro_llm.training.evaluation import evaluate, has_exact_rates
 from gdro_llm.training.gradient import sampler_gap
 from gdro_llm.training.optimizer_state import load_optimizer_state, optimizer_state
-from gdro_llm.training.planners import CANDIDATES, build_controller
+from gdro_llm.training.planners import build_controller, candidates_of
 from gdro_llm.training.step import Collected, collect, summarise
 from gdro_llm.training.stopping import Stopped, StopRequest, stop_requests
 from gdro_llm.training.tracking import Tracker, import_trackers
@@ -89,7 +89,7 @@ def train(
             )
             plan, rollouts = collected.plan, collected.batch.rollouts
             with clock("measure"):  # what the gradient is made of, for controllers that learn it: every few steps
-                measured = measure(controller, run.policy, rollouts, collected.rewards_R, plan, config, step, workers)
+                measure(controller, run.policy, rollouts, collected.rewards_R, plan, config, step, workers)
             if step == run.first_step:
                 run.check_sampler(step, sampler_gap(run.policy, rollouts, config, workers))
             with clock("update"):
@@ -100,7 +100,7 @@ def train(
 
             run.check_sampler(step, updated.get("sampler_gap", 0.0))
             sampled = summarise(collected.rewards_R, plan.owner, plan.weights, rollouts, workers)
-            run.log(step, {**sampled, **updated, **collected.observed, **measured}, clock, collected, batch)
+            run.log(step, {**sampled, **updated, **collected.observed}, clock, collected, batch)
             stopping = 0 if run.refill.waiting else run.agree(stop.received)  # groups that wait are not saved
             run.evaluate_and_save(step, stopping)
             if stopping and step + 1 < config.steps:
@@ -186,10 +186,11 @@ class Run:
         """Leave out training problems with long prompts; enough must be left for a planner that chooses."""
         config = self.config
         self.train_problems = drop_long_prompts(self.policy.tokenizer, self.train_problems, config)
-        if config.controller == "mopps" and len(self.train_problems) < CANDIDATES * config.batch_size:
+        offered = candidates_of(config)
+        if offered > 1 and len(self.train_problems) < offered * config.batch_size:
             raise UsageError(
-                f"batch_size must be at most a {CANDIDATES}th of the {len(self.train_problems)} problems with "
-                f"controller 'mopps', got {config.batch_size}"
+                f"batch_size must be at most 1/{offered} of the {len(self.train_problems)} problems, as the controller "
+                f"chooses each of its prompts from {offered}; got {config.batch_size}"
             )
 
     def _warn_if_problems_are_rarely_drawn(self) -> None:
