@@ -36,7 +36,7 @@ from numpy.typing import ArrayLike
 from gdro_core._validate import Floats, check_state, floats, integer, integers, number
 
 _BLOCKS = 8  # independent parts of the sums, for intervals: enough for a sign test at 99 %, few enough to be large
-_LEAST = 6  # informative prompts of a call per block: below it too few pairs are left
+_LEAST = 8  # prompts of a call per block: below it too few pairs are left
 _SMALL = 0.1  # kappa below which groups of 12 have at least 96 % of the progress per rollout of n*, at any p
 _NARROW = 8.0  # upper / lower
 _TOTALS = ("own", "noise", "weight", "cross_weight")  # (K,) each
@@ -112,7 +112,7 @@ class VarianceComponents:
     r"""Common, own and noise parts of the policy gradient, and kappa = own / noise, from split groups.
 
     The sums (head of this file) are kept in 8 independent blocks. A call to `observe` deals its prompts to the next
-    blocks in turn, at random, at least 6 informative ones to a block; products of two prompts are taken within a block
+    blocks in turn, at random, at least 8 to a block; products of two prompts are taken within a block
     of a call, which costs few of them that matter. Values are ratios of sums over all blocks, intervals are
     `ratio_interval` between blocks.
 
@@ -178,7 +178,7 @@ class VarianceComponents:
                 raise ValueError(f"{name} must be 0 where all rewards of the half are equal, got row {stray.argmax()}")
         for total in self._sums.values():
             total *= self.discount
-        parts = int(np.clip(spread.any(axis=1).sum() // _LEAST, 1, _BLOCKS))
+        parts = int(np.clip(b.size // _LEAST, 1, _BLOCKS))  # not by rewards: that would bias `agreement`
         order = np.random.default_rng(self._turn).permutation(b.size)
         for rows in (order[part::parts] for part in range(parts)):
             self._add(self._turn % _BLOCKS, b[rows], f[rows], s[rows], h[rows], spread[rows])
