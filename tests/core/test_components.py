@@ -179,6 +179,7 @@ def test_merging_adds_what_each_worker_saw():
         for worker in order:
             merged.merge(worker)
         sums.append(summed(merged))
+        assert merged.state_dict()["turn"] == 6
     for name in TOTALS:
         np.testing.assert_allclose(sums[0][name], sums[1][name], rtol=1e-12)
         np.testing.assert_allclose(sums[0][name], summed(together)[name], rtol=1e-12)
@@ -297,6 +298,10 @@ def test_ratio_interval_is_unbounded_where_the_denominator_may_be_zero():
 
 def test_limits():
     """Nothing seen: unknown. No noise: kappa is without a bound. No own part: near 0, useful in time, n* large."""
+    opposed = VarianceComponents(1)
+    opposed.observe([0, 0], [[1.0], [1.0]], [[-1.0], [-1.0]], [[1, 1]] * 2, [[2, 2]] * 2)
+    assert opposed.own < 0 < opposed.noise
+    assert opposed.kappa == 0 > opposed.estimates()["kappa"].value
     components = VarianceComponents(2)
     assert components.kappa is components.own is components.cosine is None
     assert components.interval() == (0.0, np.inf)
@@ -399,3 +404,39 @@ def test_state_round_trips_and_is_checked():
     with pytest.raises(ValueError, match="lacks 'noise'"):
         restored.load_state_dict({name: value for name, value in saved.items() if name != "noise"})
     assert restored.state_dict() == before
+
+
+def test_calls_are_cut_finely_until_every_block_has_something():
+    """56 prompts fill 7 blocks, then one call fills one block; a call of 640 is cut in 8 again."""
+    components = VarianceComponents(1)
+
+    def filled_by(prompts):
+        before = np.array(components.state_dict()["pairs"]).sum(axis=1)
+        components.observe(*population(np.random.default_rng(0), prompts, kappa=1.0, cosine=0.3))
+        return (np.array(components.state_dict()["pairs"]).sum(axis=1) > before).astype(int).tolist()
+
+    assert filled_by(56) == [1, 1, 1, 1, 1, 1, 1, 0]
+    assert np.isfinite(components.estimates()["common"].high)
+    assert filled_by(7) == [0, 0, 0, 0, 0, 0, 0, 1]
+    assert filled_by(56) == [1, 0, 0, 0, 0, 0, 0, 0]
+    assert filled_by(130) == [0, 1, 1, 0, 0, 0, 0, 0]
+    assert filled_by(640) == [1] * 8
+
+
+def test_useful_is_a_factor_of_eight_or_below_a_tenth():
+    """On 60 small samples, of which some are useful and some are not."""
+    found = []
+    for seed in range(60):
+        components = filled(seed, 42)
+        low, high = components.interval()
+        found.append(components.useful)
+        assert components.useful == (high <= 0.1 or 0 < high <= 8 * low)
+    assert 10 < sum(found) < 50
+
+
+def test_one_informative_prompt_tells_nothing():
+    """No pair, no common part, hence no kappa; not even a warning."""
+    components = VarianceComponents(1)
+    components.observe([0, 0], [[1.0], [0.0]], [[2.0], [0.0]], [[1, 1], [0, 0]], [[2, 2], [2, 2]])
+    assert components.kappa is components.noise is None
+    assert components.agreement().value[0] == 0
