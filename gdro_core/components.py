@@ -5,7 +5,7 @@ Prompt i has pass rate p_i. The scores z_j = grad log pi(y_j) of right and of wr
     a_i = c + u_i,     grad p_i = p_i (1 - p_i) a_i,     |c|^2 = common,   E|u_i|^2 = own,   E u_i = 0,
 
 the u_i independent of each other; around these means a score has variance `noise`, over all directions together. Then
-kappa = own / noise decides how large a group is worth its rollouts: n* = 1 + 1 / sqrt(kappa p (1 - p)).
+kappa = own / noise decides how large a group is worth its rollouts (theorem 17, `best_group_size`).
 
 The estimator splits each group into two halves, f and s, each with its own leave-one-out baseline. Let V = k (h - k) /
 (h (h - 1)) for a half with k of h right, its unbiased estimate of p (1 - p). *Given the rewards* (theorem 10),
@@ -259,15 +259,6 @@ class VarianceComponents:
             ends = ratio_interval(cross[known], pairs[known], confidence)
             columns.append((nan if value is None else value, *ends))
         return Estimate(*np.array(columns).T)
-
-    def group_size(self, v: ArrayLike) -> Floats:
-        """1 + 1 / sqrt(kappa v), the group size of most progress per rollout at v = p (1 - p); any shape.
-
-        inf at kappa = 0 or v = 0; nan while kappa is unknown.
-        """
-        flat = floats("v", np.ravel(np.asarray(v, dtype=np.float64)), (-1,), 0.0, 0.25).reshape(np.shape(v))
-        with np.errstate(divide="ignore"):
-            return np.asarray(1.0 + 1.0 / np.sqrt((nan if self.kappa is None else self.kappa) * flat))
 
     def state_dict(self) -> dict[str, Any]:
         """Settings and sums as plain lists and numbers."""

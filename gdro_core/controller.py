@@ -290,7 +290,7 @@ class GDROController:
         error: float = 0.0,
         seed: int = 0,
     ) -> Self:
-        """What measured best so far: counts by the frontier law (theorem 16), tilted to hard prompts by the prompt game.
+        """What measured best so far: counts by the frontier law (theorem 16), with a mild tilt to hard prompts.
 
         Prompts that are almost surely solved or hopeless get no rollout. What is known of them fades, and at last they
         count as unseen and get n_bar again. What is left goes to groups of up to n_max where both outcomes are likely.

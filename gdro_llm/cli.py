@@ -47,7 +47,7 @@ graded, the controller observes, the policy is updated. `--controller` chooses t
 
   grpo                every prompt the same: the baseline
   recommended         most rollouts for prompts that are solved sometimes, few or none for solved and hopeless ones
-  joint               weights and rollouts lean to hard prompts; joint-prompt: weights only, joint-rollout: rollouts only
+  joint               weights and rollouts lean to hard prompts (joint-prompt, joint-rollout: one of the two)
   published-prompt    weights as in arXiv 2601.19280; published-rollout: rollouts, with --aggregation prompt
 """
 

@@ -109,13 +109,23 @@ class Settings:
                 return GDROController.uniform(mean_rollouts, num_bins=self.num_bins, seed=self.seed)
             shared: dict[str, Any] = {"num_bins": self.num_bins, "seed": self.seed}
             if self.controller == "recommended":
-                dials = {"kappa": self.kappa, "error": self.verifier_error}
                 return GDROController.recommended(
-                    mean_rollouts, self.min_rollouts, self.max_rollouts, **dials, **shared
+                    mean_rollouts,
+                    self.min_rollouts,
+                    self.max_rollouts,
+                    kappa=self.kappa,
+                    error=self.verifier_error,
+                    **shared,
                 )
-            low, game = self.min_rollouts or 2, self.controller.partition("-")[2]
-            games = {"prompt": game != "rollout", "rollout": game != "prompt"}
-            return GDROController.joint_play(mean_rollouts, low, self.max_rollouts, **games, **shared)
+            game = self.controller.partition("-")[2]
+            return GDROController.joint_play(
+                mean_rollouts,
+                self.min_rollouts or 2,
+                self.max_rollouts,
+                prompt=game != "rollout",
+                rollout=game != "prompt",
+                **shared,
+            )
         except ValueError as error:
             raise UsageError(f"gdro: {error}") from error
 

@@ -105,8 +105,15 @@ def build_controller(config: Config) -> GDROController | PublishedController:
             return PublishedController(mean, low or 2, high, prompt=prompt, rollout=rollout, **shared)
         if family in ("recommended", "null"):
             own = {"recommended": GDROController, "null": PermutedPlan}[family]
-            dials = {"kappa": config.kappa, "error": config.verifier_error}
-            return own.recommended(mean, low, high, adversary=adversary_of(config, 0.5), **dials, **shared)
+            return own.recommended(
+                mean,
+                low,
+                high,
+                adversary=adversary_of(config, 0.5),
+                kappa=config.kappa,
+                error=config.verifier_error,
+                **shared,
+            )
         kinds = {"joint": GDROController, "implicit": ImpliedWeights}
         controller = (PermutedPlan if game == "null" else kinds[family]).joint_play(
             mean,

@@ -1,4 +1,4 @@
-"""The recommended controller: rollouts go where both outcomes are likely, at exactly the budget, and nobody is forgotten."""
+"""The recommended controller: rollouts go where both outcomes are likely, at exactly the budget; none is forgotten."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_the_budget_is_exact_and_no_group_has_one_rollout(seed, size, least):
 
 @pytest.mark.parametrize("rate", [0.0, 1.0])
 def test_a_prompt_that_is_passed_over_is_tried_again(rate):
-    """Doubt grows while a solved or hopeless prompt gets nothing: it is sampled at least once in 40 batches, not in all."""
+    """What is known of it fades: a solved or hopeless prompt is sampled at least once in 40 batches, not in all."""
     rates = np.array([rate] + [0.5] * 15)
     controller, rng, tried = trained(rates), np.random.default_rng(1), 0
     for _ in range(40):
@@ -126,7 +126,7 @@ def test_a_verifier_that_errs_makes_rare_hits_worthless():
 
 
 def test_a_budget_lets_the_controller_choose_among_candidates():
-    """Twice the prompts at the same budget: seen ones share it, unseen ones get n_bar within the batch and none beyond."""
+    """Seen candidates share the budget; unseen ones get n_bar within the batch and nothing beyond."""
     controller = trained(np.repeat([0.5, 0.0, 1.0, 0.3], 10), steps=5)
     ids = [*range(30), "new", *range(30, 40), "later"]
     plan = controller.plan(ids, budget=4 * 32)

@@ -185,7 +185,7 @@ def test_permuted_counts_do_not_know_the_prompt():
 @pytest.mark.parametrize("per_bin", [False, True])
 @given(seed=SEEDS)
 def test_no_rollouts_may_be_best(utility, per_bin, seed):
-    """n_min = 0: no utility without rollouts. The optimum is brute force; of `mixed`, not concave there, 4/5 at least."""
+    """n_min = 0: no utility without rollouts. The optimum is brute force; of `mixed`, not concave, 4/5 at least."""
     rng = np.random.default_rng(seed)
     bins, a, b, omega = batch(rng, 5, bins=3, unseen=False)
     rows = bins if per_bin else np.arange(5)
