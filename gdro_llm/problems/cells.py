@@ -176,6 +176,7 @@ CELLS: tuple[Cell, ...] = (
 )
 SHARED_CELLS = tuple(replace(cell, strategy=cell.strategy and STRATEGIES[0]) for cell in CELLS)
 TESTBEDS = {"cells": CELLS, "cells-shared": SHARED_CELLS}  # by name of the data: little transfer, strong transfer
+UNREACHABLE = "0" * 40
 TAILS = {"cells-light": 60, "cells": 25, "cells-heavy": 10}  # training problems of a hard cell: 40, 22, 10 % hard
 
 
@@ -224,6 +225,17 @@ def cell_problems(split: Split, per_level: dict[str, int], seed: int, cells: tup
             raise ValueError(f"per_level asks {wanted} problems of {cell.name}, {split} holds about {len(by_question)}")
         problems += by_question.values()
     return problems
+
+
+def without_answer(problem: Problem) -> Problem:
+    """The problem; of 40 %, chosen by content, with an answer that no completion is long enough for.
+
+    >>> problems = cell_problems("train", {"easy": 100}, seed=7)
+    >>> sum(len(without_answer(problem).answer) > 14 for problem in problems)
+    282
+    """
+    dead = zlib.crc32(problem.id.encode()) % 5 < 2
+    return replace(problem, answer=UNREACHABLE, accepted=(UNREACHABLE,)) if dead else problem
 
 
 def _wrong_answer(rng: random.Random, answer: str) -> str:

@@ -172,7 +172,7 @@ def test_a_disk_that_does_not_take_the_best_weights_is_named(config, tmp_path, m
         checkpoint.save_best(tmp_path / "best-000001", lambda folder: 1 / 0)
 
 
-@pytest.mark.parametrize("data", ["cells", "cells-shared", "cells-light", "cells-heavy", "ladder", "file"])
+@pytest.mark.parametrize("data", ["cells", "cells-shared", "cells-light", "cells-heavy", "cells-dead", "ladder", "file"])
 def test_training_validation_and_test_problems_are_disjoint(tiny_data, data):
     """As many as asked for, the same ones whatever the seed, no prompt in two of them."""
     sets = tiny_data if data == "file" else {"data": data}
@@ -221,6 +221,19 @@ def test_tails_hold_more_or_fewer_hard_problems():
         assert [p for p in training if p.level != "hard"] == [p for p in sets["cells"][0] if p.level != "hard"]
         assert test == sets["cells"][1]
     assert shares == {"cells": 22, "cells-light": 40, "cells-heavy": 10}
+
+
+def test_dead_cells_have_problems_that_nobody_can_solve():
+    """40 % of the training problems of every level, the same prompts; validation and test problems are as they were."""
+    (whole, test), (training, test_of_dead) = (load_problems(Config(data=name)) for name in ("cells", "cells-dead"))
+    assert test_of_dead == test
+    assert [problem.id for problem in training] == [problem.id for problem in whole]
+    for level in ("easy", "middle", "hard"):
+        dead = [len(problem.answer) > Config.max_new_tokens for problem in training if problem.level == level]
+        assert 0.33 < np.mean(dead) < 0.47
+    changed = [problem for problem, before in zip(training, whole, strict=True) if problem != before]
+    assert all(problem.accepted == (problem.answer,) for problem in changed)
+    assert len(changed) == sum(len(problem.answer) > Config.max_new_tokens for problem in training)
 
 
 def test_too_many_validation_problems_are_refused(tiny_data):
