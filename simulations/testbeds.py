@@ -27,7 +27,7 @@ RUNGS = (
     -0.1, -0.4, -0.8, -0.8, -1.8, -1.1, -1.3, -1.3, -1.3, -1.3, -1.6, -1.8, -2.0, -3.0, -3.4, -3.2, -4.2, -4.7,
 )  # mean start logit of each task  # fmt: skip
 WITHIN = 1.2  # standard deviation within a task
-SKETCH, MEASURED = 64, 48  # directions that own parts and noise are projected to, and groups, of a measurement
+SKETCH, MEASURED = 128, 48  # directions that own parts and noise are projected to, and groups, of a measurement
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,7 +30,7 @@ CLAIM = (
 )
 SOURCE = "theory §5"
 COLUMNS = {
-    "seed": "population, batches and outcomes",
+    "seed": "of population, batches and outcomes, plus 1000 for the tuning part",
     "part": "tuning or report: other populations and other seeds",
     "population": "name",
     "rule": "name",
@@ -144,17 +144,17 @@ def simulate(seeds: np.ndarray, quick: bool) -> list[Row]:
         for part, settings, first in (("tuning", TUNING, FIRST_TUNING_SEED), ("report", REPORT, 0)):
             for name, setting in settings.items():
                 for rule, build in RULES.items():
-                    rows.append(_run(setting, build, first + seed, quick, part=part, population=name, rule=rule))
+                    labels = {"seed": seed, "part": part, "population": name, "rule": rule}
+                    rows.append(labels | _run(setting, build, first + seed, quick))
     return rows
 
 
-def _run(setting: Setting, build: Build, seed: int, quick: bool, **labels: str) -> Row:
+def _run(setting: Setting, build: Build, seed: int, quick: bool) -> Row:
     population = setting.build(seed)
-    steps = 3 if quick else setting.steps
     planner = build(population, setting.batch, seed)
-    end = race(population, planner, steps * setting.batch * MEAN, setting.batch, seed)[-1]
-    values = {key: end[key] for key in (*MEASURES, "rollouts")} | {"train": float(population.pass_rate.mean())}
-    return {"seed": seed, **labels, **values}
+    total = (3 if quick else setting.steps) * setting.batch * MEAN
+    end = race(population, planner, total, setting.batch, seed)[-1]
+    return {key: end[key] for key in (*MEASURES, "rollouts")} | {"train": float(population.pass_rate.mean())}
 
 
 def gain(rows: list[Row], part: str, population: str, rule: str, measure: str) -> np.ndarray:

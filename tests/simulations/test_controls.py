@@ -10,7 +10,7 @@ from simulations.controls import Dealt, GroupsOf
 from simulations.epochs import Epochs, offered
 from simulations.population import train
 from simulations.race import race
-from simulations.testbeds import AdamLike, Learner, cells
+from simulations.testbeds import SKETCH, AdamLike, Learner, cells
 
 
 def learner(seed=0):
@@ -19,7 +19,7 @@ def learner(seed=0):
 
 @pytest.mark.parametrize("size", [2, 4, 8, 12, 16, 5])
 def test_groups_of_any_size_spend_the_budget(size):
-    """64 rollouts a step in groups of n or, where n does not divide 64, as many of nearly n; epochs are longer or shorter."""
+    """64 rollouts a step in groups of n or, where n does not divide 64, a little smaller; epochs are longer or shorter."""
     steps = train(learner(), GroupsOf(size, 4, 16), 6, 16, 4, seed=0)
     plans = [step["plan"] for step in steps]
     assert all(plan.counts.sum() == 64 for plan in plans)
@@ -110,6 +110,6 @@ def test_a_measuring_planner_gets_halves_without_a_change_of_the_run():
     assert len(watching.seen) == 3
     bins, first, second, correct, trials = watching.seen[0]
     assert bins.shape == (16,)
-    assert first.shape == second.shape == (16, one.theta.size + 64)
+    assert first.shape == second.shape == (16, one.theta.size + SKETCH)
     assert trials.tolist() == [[2, 2]] * 16
     assert (correct <= trials).all()
