@@ -190,7 +190,9 @@ class Learner:
         chosen = np.sort(rng.permutation(np.flatnonzero(counts >= 4))[:MEASURED])
         start, which = (np.cumsum(counts) - counts)[chosen], rows[chosen]
         taught, own = self.components(which)
-        direction = np.stack([np.random.default_rng([97, row]).standard_normal(SKETCH) for row in which.tolist()])
+        direction = np.zeros((which.size, SKETCH))
+        for k, row in enumerate(which.tolist()):  # a fixed direction for each prompt
+            direction[k] = np.random.default_rng([97, row]).standard_normal(SKETCH)
         direction *= (np.sqrt(own) / np.linalg.norm(direction, axis=1))[:, None]
         middle = counts[chosen] // 2
         sizes, gradients, hits = np.stack([middle, counts[chosen] - middle], axis=1), [], []

@@ -19,7 +19,7 @@ def learner(seed=0):
 
 @pytest.mark.parametrize("size", [2, 4, 8, 12, 16, 5])
 def test_groups_of_any_size_spend_the_budget(size):
-    """64 rollouts a step in groups of n or, where n does not divide 64, a little smaller; epochs are longer or shorter."""
+    """64 rollouts a step in groups of n, or a little smaller where n does not divide 64; every prompt in its turn."""
     steps = train(learner(), GroupsOf(size, 4, 16), 6, 16, 4, seed=0)
     plans = [step["plan"] for step in steps]
     assert all(plan.counts.sum() == 64 for plan in plans)

@@ -117,6 +117,7 @@ def test_halves_are_zero_where_a_half_is_not_mixed_and_leave_out_small_groups():
     rng = np.random.default_rng(0)
     halves = one.halves(rows, counts, one.sample(rows, counts, rng), rng)
     assert halves.places.tolist() == list(range(1, 40, 2))
+    assert one.halves(rows[:2], np.array([3, 2]), np.ones(5), rng).first.shape == (0, 2 + testbeds.SKETCH)
     same = (halves.correct == 0) | (halves.correct == halves.trials)
     for half, gradients in enumerate((halves.first, halves.second)):
         np.testing.assert_array_equal(gradients.any(axis=1), ~same[:, half])
