@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.special import binom, entr, psi
 from scipy.stats import beta
 
 from gdro_core import (
@@ -34,7 +36,7 @@ from gdro_core import (
     nearest_to_half,
     sqrt_allocation,
 )
-from simulations.population import Floats, Ints, SkillPopulation
+from simulations.population import Floats, Ints, Population
 from simulations.race import Groups
 
 LOW, HIGH = 2, 24  # rollouts of a prompt
@@ -51,7 +53,7 @@ class Uniform:
 
     fills_batches = False  # whether only mixed groups are trained on, collected until a batch is full
 
-    def __init__(self, population: SkillPopulation, mean_rollouts: int, rng: np.random.Generator) -> None:
+    def __init__(self, population: Population, mean_rollouts: int, rng: np.random.Generator) -> None:
         self.population, self.mean, self.rng = population, mean_rollouts, rng
         self.memory, self.step = OnlineDifficultyClassifier(), 0
 
@@ -64,6 +66,11 @@ class Uniform:
     def chosen(self, ids: Ints) -> Ints:
         """The prompts to train on, for the (N,) drawn ones."""
         return ids
+
+    def pool(self, ids: Ints) -> Ints:
+        """The drawn batch and as many other prompts as make 4 N."""
+        others = self.rng.permutation(np.setdiff1d(self.population.ids, ids))
+        return np.concatenate([ids, others])[: 4 * ids.size]
 
     def counts(self, ids: Ints) -> Ints:
         """(N,) rollouts."""
@@ -221,7 +228,7 @@ class GRESO(DAPO):
     What is left fills batches as in DAPO. Departs: p_s = 0.5 throughout, where the paper steers it to a target share.
     """
 
-    def __init__(self, population: SkillPopulation, mean_rollouts: int, rng: np.random.Generator) -> None:
+    def __init__(self, population: Population, mean_rollouts: int, rng: np.random.Generator) -> None:
         super().__init__(population, mean_rollouts, rng)
         self.streak = np.zeros(population.prompts, dtype=np.int64)
 
@@ -243,16 +250,76 @@ class MoPPS(Uniform):
     """MoPPS (2507.04632): of 4 N candidates the N that `nearest_to_half` draws."""
 
     def chosen(self, ids: Ints) -> Ints:
-        """Candidates are the drawn batch and as many others as make 4 N."""
-        others = self.rng.permutation(np.setdiff1d(self.population.ids, ids))
-        candidates = np.concatenate([ids, others])[: 4 * ids.size]
+        """N of 4 N."""
+        candidates = self.pool(ids)
         return np.asarray(candidates[nearest_to_half(*self.memory.posterior(candidates), ids.size, self.rng)])
+
+
+class FrontierLearning(Uniform):
+    """Frontier Learning (2609.35426): prompts drawn in proportion to E[regret of a group] = pass@n - pass@1.
+
+    The regret of s hits in n is 1[s >= 1] - s / n. Departs: a reading of the idea only; its expectation is taken under
+    the posterior, and N prompts are drawn without replacement from MoPPS's candidates.
+    """
+
+    def chosen(self, ids: Ints) -> Ints:
+        """N of 4 N by the scores."""
+        candidates = self.pool(ids)
+        score = np.log(self.score(*self.memory.posterior(candidates))) + self.rng.gumbel(size=candidates.size)
+        return np.asarray(candidates[np.argsort(-score, kind="stable")[: ids.size]])
+
+    def score(self, a: Floats, b: Floats) -> Floats:
+        """(C,) expected regret, above 0."""
+        return np.asarray(HIT.of(a, b, np.array([self.mean]))[:, 0] - a / (a + b))
+
+
+class InSight(Uniform):
+    """InSight (2603.01907): the N prompts of greatest weighted information of n_bar rollouts about p.
+
+    w(m) n [h(m) - E h(p)], h the entropy of a rollout, m = E p. Departs: a reading of the idea only; w = m (1 - m), and
+    information is that of one rollout times n_bar.
+    """
+
+    def chosen(self, ids: Ints) -> Ints:
+        """N of 4 N, the first among equals."""
+        candidates = self.pool(ids)
+        return np.asarray(
+            candidates[np.argsort(-self.score(*self.memory.posterior(candidates)), kind="stable")[: ids.size]]
+        )
+
+    def score(self, a: Floats, b: Floats) -> Floats:
+        """(C,) weighted information [nat]."""
+        m, s = a / (a + b), a + b
+        known = -m * (psi(a + 1) - psi(s + 1)) - (1 - m) * (psi(b + 1) - psi(s + 1))
+        return np.asarray(self.mean * m * (1 - m) * (entr(m) + entr(1 - m) - known))
+
+
+class FGRPO(Uniform):
+    """F-GRPO (2602.06717): advantages times (1 - hits / n)^gamma. Departs: gamma = 1 everywhere."""
+
+    def keep(self, groups: Groups) -> Groups:
+        """All, weighted."""
+        return replace(groups, weights=groups.weights * (1 - groups.successes / groups.counts))
+
+
+class BBG(Uniform):
+    """BBG (2606.15455): a rollout counts by its marginal contribution to pass@k.
+
+    A hit adds to pass@k where the k - 1 others miss: (n - s choose k - 1) / (n - 1 choose k - 1). Departs: a reading of
+    the idea only; the factor weights the group, and k is three quarters of n_bar.
+    """
+
+    def keep(self, groups: Groups) -> Groups:
+        """All, weighted."""
+        others, missed = groups.counts - 1, groups.counts - groups.successes
+        k = 3 * self.mean // 4
+        return replace(groups, weights=groups.weights * binom(missed, k - 1) / binom(others, k - 1))
 
 
 class GroupWeights(Uniform):
     """Weights q_g / p_g of known groups (the difficulty at the start), mean 1 over the batch; a subclass moves q."""
 
-    def __init__(self, population: SkillPopulation, mean_rollouts: int, rng: np.random.Generator) -> None:
+    def __init__(self, population: Population, mean_rollouts: int, rng: np.random.Generator) -> None:
         super().__init__(population, mean_rollouts, rng)
         self.size = np.bincount(population.group)
         self.q = self.size / self.size.sum()
@@ -287,7 +354,7 @@ class MTGRPO(GroupWeights):
     Departs: a reading of the idea only, with eta .05, lambda 1 and improvement against an average over about 10 steps.
     """
 
-    def __init__(self, population: SkillPopulation, mean_rollouts: int, rng: np.random.Generator) -> None:
+    def __init__(self, population: Population, mean_rollouts: int, rng: np.random.Generator) -> None:
         super().__init__(population, mean_rollouts, rng)
         self.past = np.full(self.q.size, np.nan)
 
@@ -306,7 +373,7 @@ class SEC(Uniform):
     Categories are the difficulty at the start; |A| is that of std-normalised GRPO, 2 √(m (1 - m)) a group on average.
     """
 
-    def __init__(self, population: SkillPopulation, mean_rollouts: int, rng: np.random.Generator) -> None:
+    def __init__(self, population: Population, mean_rollouts: int, rng: np.random.Generator) -> None:
         super().__init__(population, mean_rollouts, rng)
         self.members = [np.flatnonzero(population.group == g) for g in np.unique(population.group)]
         self.category = np.searchsorted(np.unique(population.group), population.group)
@@ -343,7 +410,7 @@ class SEC(Uniform):
 class DUMP(SEC):
     """DUMP (2504.09710): categories by softmax(UCB / .1), UCB_c = mean |A| of the last 300 + √(2 ln(n+1) / (n_c+1))."""
 
-    def __init__(self, population: SkillPopulation, mean_rollouts: int, rng: np.random.Generator) -> None:
+    def __init__(self, population: Population, mean_rollouts: int, rng: np.random.Generator) -> None:
         super().__init__(population, mean_rollouts, rng)
         self.window: list[deque[float]] = [deque(maxlen=300) for _ in self.members]
         self.visits = np.zeros(len(self.members))
@@ -380,7 +447,7 @@ class VIGOR(Uniform):
 
 
 BINS = 10
-Build = Callable[[SkillPopulation, int, np.random.Generator], Planner]
+Build = Callable[[Population, int, np.random.Generator], Planner]
 
 
 def _core(
@@ -388,7 +455,7 @@ def _core(
 ) -> Build:
     """A controller of gdro_core; its own seed decides ties only."""
 
-    def build(population: SkillPopulation, mean: int, rng: np.random.Generator) -> Planner:
+    def build(population: Population, mean: int, rng: np.random.Generator) -> Planner:
         return GDROController(
             OnlineDifficultyClassifier(),
             None if adversary is None else PromptGDRO(BINS, adversary=adversary),
@@ -417,6 +484,10 @@ PEERS: dict[str, Build] = {
     "GRESO": GRESO,
     "MoPPS": MoPPS,
     "DAPO refill": DAPO,
+    "Frontier Learning": FrontierLearning,
+    "InSight": InSight,
+    "F-GRPO": FGRPO,
+    "BBG": BBG,
     "MT-GRPO": MTGRPO,
     "SEC": SEC,
     "DUMP": DUMP,

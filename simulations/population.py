@@ -19,11 +19,14 @@ no update makes a prompt harder in expectation; wrong answers that fool the veri
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 
 from gdro_core import Planner, PublishedController, gradient_weight
+from simulations.epochs import Epochs, offered
 from simulations.harness import Row
 
 Floats = NDArray[np.float64]
@@ -33,6 +36,31 @@ RESPONSE = 0.7  # loadings of the easiest minus of the hardest, relative to the 
 STEP = 0.243  # mean length of the gradient under uniform groups of 8
 GROUP_EDGES = (0.2, 0.4, 0.6, 0.8)  # of the pass rate at the start
 CLIP = (0.8, 1.28)  # of the ratio in the surrogate loss (App. A)
+
+
+class Population(Protocol):
+    """What a loop trains and a peer may look at."""
+
+    prompts: int  # training prompts, with ids 0..prompts - 1
+    ids: list[int]
+    group: Ints  # (N,) difficulty group of the training prompts at the start, hardest = 0
+    correct: NDArray[np.bool_]  # the true outcomes of the last sample, which `update` needs
+
+    @property
+    def pass_rate(self) -> Floats:
+        """(N,) of the training prompts."""
+
+    def sample(self, rows: Ints, counts: Ints, rng: np.random.Generator) -> Floats:
+        """(sum of counts,) graded rewards 0 or 1, prompt after prompt."""
+
+    def update(self, rows: Ints, counts: Ints, rewards: Floats, weights: Floats) -> None:
+        """One step on the rewards of the last `sample`, which must be of the same rows and counts."""
+
+    def prompt_losses(self, rows: Ints, counts: Ints, rewards: Floats, weights: Floats) -> Floats:
+        """(N,) clipped surrogate loss (Eq. 7)."""
+
+    def metrics(self) -> dict[str, float]:
+        """Exact held-out mean@8, pass@8 and mean pass rate of the worst difficulty group."""
 
 
 class SkillPopulation:
@@ -168,7 +196,7 @@ class SkillPopulation:
 
 
 def train(
-    population: SkillPopulation,
+    population: Population,
     planner: Planner,
     steps: int,
     batch: int,
@@ -183,14 +211,9 @@ def train(
         ValueError: rollouts off the budget.
     """
     order, outcome = (np.random.default_rng([seed, stream]) for stream in (1, 2))
-    queue, rows_out, rollouts = np.zeros(0, dtype=np.int64), [], 0
+    epochs, rows_out, rollouts = Epochs(population.prompts, offered(planner, batch, population.prompts), order), [], 0
     for step in range(steps):
-        if queue.size < batch:
-            fresh = order.permutation(population.prompts)
-            again = np.isin(fresh, queue)  # the rest of the last epoch goes first; no prompt twice in a batch
-            queue = np.concatenate([queue, fresh[~again], fresh[again]])
-        drawn, queue = queue[:batch].tolist(), queue[batch:]
-        plan = planner.plan(drawn)
+        plan = planner.plan(epochs.draw())
         spent = int(plan.counts.sum())
         if spent != mean_rollouts * batch:
             raise ValueError(f"counts must sum to mean_rollouts x batch = {mean_rollouts * batch}, got {spent}")

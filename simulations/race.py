@@ -11,9 +11,13 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from gdro_core import Planner, PublishedController
+from gdro_core import GDROController, Planner, PublishedController
+from simulations.epochs import Epochs, offered
 from simulations.harness import Row
-from simulations.population import Floats, Ints, SkillPopulation
+from simulations.population import Floats, Ints, Population
+from simulations.testbeds import Learner
+
+MEASURE_EVERY = 10  # steps
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,9 +83,9 @@ class Adaptive(Planner, Protocol):
         """What is trained on."""
 
 
-def race(population: SkillPopulation, planner: Planner, total: int, batch: int, seed: int) -> list[Row]:
+def race(population: Population, planner: Planner, total: int, batch: int, seed: int) -> list[Row]:
     """Train until `total` rollouts are spent; per step the rollouts so far, held-out metrics and share of mixed groups
-    among the prompts with rollouts.
+    among the prompts with rollouts. A controller with variance components is shown gradients every tenth step.
 
     The last step may pass `total`: interpolate. Streams and epochs are those of `population.train`, so that runs
     of different planners are paired, and a planner that spends n_bar a prompt has the same run in both.
@@ -93,16 +97,14 @@ def race(population: SkillPopulation, planner: Planner, total: int, batch: int, 
         batch: prompts of a step.
         seed: of batches and outcomes.
     """
-    order, outcome = (np.random.default_rng([seed, stream]) for stream in (1, 2))
+    order, outcome, sketches = (np.random.default_rng([seed, stream]) for stream in (1, 2, 4))
     adaptive = planner if isinstance(planner, Adaptive) else None
-    queue, rollouts, states = np.zeros(0, dtype=np.int64), 0, [_state(population, 0, 0.0)]
+    measuring = planner if isinstance(planner, GDROController) and planner.components is not None else None
+    epochs = Epochs(population.prompts, offered(planner, batch, population.prompts), order)
+    step, rollouts, states = 0, 0, [_state(population, 0, 0.0)]
     waiting: Groups | None = None
     while rollouts < total:
-        if queue.size < batch:
-            fresh = order.permutation(population.prompts)
-            queue = np.concatenate([queue, fresh[~np.isin(fresh, queue)], fresh[np.isin(fresh, queue)]])
-        drawn, queue = queue[:batch].tolist(), queue[batch:]
-        plan = planner.plan(drawn)
+        plan = planner.plan(epochs.draw())
         rows = np.asarray(plan.ids, dtype=np.int64)
         groups = _sample(population, rows, plan.counts, plan.weights, outcome)
         kept = groups
@@ -119,12 +121,17 @@ def race(population: SkillPopulation, planner: Planner, total: int, batch: int, 
             kept = waiting.of(np.arange(waiting.rows.size) < batch)
         if full:
             population.correct = kept.correct
+            if measuring is not None and isinstance(population, Learner) and step % MEASURE_EVERY == 0:
+                halves = population.halves(kept.rows, kept.counts, kept.rewards, sketches)
+                parts = (halves.first, halves.second, halves.correct, halves.trials)
+                measuring.observe_gradients(plan, halves.places, *parts)
             if isinstance(planner, PublishedController):
                 losses = population.prompt_losses(kept.rows, kept.counts, kept.rewards, kept.weights)
                 planner.observe_losses(plan, losses)
             population.update(kept.rows, kept.counts, kept.rewards, kept.weights)
             waiting = None
         planner.observe(plan, groups.rewards)
+        step += 1
         states.append(_state(population, rollouts, float(groups.mixed[groups.counts > 0].mean())))
     return states
 
@@ -134,11 +141,11 @@ def own_stream(seed: int) -> np.random.Generator:
     return np.random.default_rng([seed, 3])
 
 
-def _state(population: SkillPopulation, rollouts: int, mixed: float) -> Row:
+def _state(population: Population, rollouts: int, mixed: float) -> Row:
     return {"rollouts": rollouts, "mixed": mixed, **population.metrics()}
 
 
-def _sample(population: SkillPopulation, rows: Ints, counts: Ints, weights: Floats, rng: np.random.Generator) -> Groups:
+def _sample(population: Population, rows: Ints, counts: Ints, weights: Floats, rng: np.random.Generator) -> Groups:
     rewards = population.sample(rows, counts, rng)
     return Groups(rows, counts, weights, rewards, population.correct)
 

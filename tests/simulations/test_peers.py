@@ -157,6 +157,35 @@ def test_mopps_takes_prompts_near_one_half():
     assert sorted(plan.ids) == list(range(0, 60, 3))
 
 
+def test_frontier_learning_scores_by_the_regret_of_a_group():
+    """pass@8 - pass@1 under Beta(1, 1): 8/9 - 1/2; solved and hopeless prompts hardly count, and are hardly drawn."""
+    peer = PEERS["Frontier Learning"](small(), MEAN, np.random.default_rng(0))
+    assert peer.score(np.array([1.0]), np.array([1.0]))[0] == pytest.approx(8 / 9 - 1 / 2)
+    rare, solved = peer.score(np.array([1.0, 1e4]), np.array([7.0, 1.0]))
+    assert rare > 0.4 > 0.01 > solved > 0
+    successes = np.where(np.arange(60) < 30, 2000, 10000)
+    peer.memory.observe(list(range(60)), successes, np.full(60, 10000))
+    assert np.mean([np.mean(np.asarray(peer.plan(list(range(BATCH))).ids) < 30) for _ in range(20)]) > 0.95
+
+
+def test_insight_prefers_uncertain_middle_prompts():
+    """Beta(1, 1): information ln 2 - 1/2 by hand; less evidence is worth more, an extreme mean less."""
+    peer = PEERS["InSight"](small(), MEAN, np.random.default_rng(0))
+    score = peer.score(np.array([1.0, 10.0, 1.0]), np.array([1.0, 10.0, 9.0]))
+    assert score[0] == pytest.approx(8 * 0.25 * (log(2) - 0.5))
+    assert score[0] > score[1] > 0
+    assert score[0] > score[2] > 0
+
+
+def test_fgrpo_and_bbg_weight_groups_by_what_is_missing():
+    """Hits 1, 4 and 8 of 8: 1 - p̂; and the chance that five of the seven others all miss, 21, 0 and 0 of 21."""
+    drawn = groups([1] + [0] * 7, [1] * 4 + [0] * 4, [1] * 8, [1, 1] + [0] * 6)
+    for name, expected in (("F-GRPO", [7 / 8, 1 / 2, 0, 3 / 4]), ("BBG", [1, 0, 0, 6 / 21])):
+        kept = PEERS[name](small(), MEAN, np.random.default_rng(0)).keep(drawn)
+        np.testing.assert_allclose(kept.weights, expected, atol=1e-12)
+        assert kept.counts.tolist() == [8] * 4
+
+
 def test_vigor_gives_the_uncertain_half_as_much_again():
     """Four each, then eight more for two of four prompts: 32 = 8 x 4."""
     peer = PEERS["VIGOR"](small(), MEAN, np.random.default_rng(0))

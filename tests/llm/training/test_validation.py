@@ -13,7 +13,7 @@ from test_run_directory import assert_same_run, die, die_at, fork_and_die
 import gdro_llm.training.checkpoint as checkpoint
 import gdro_llm.training.trainer as trainer
 from gdro_llm.config import Config, UsageError
-from gdro_llm.problems.load import hold_out, load_problems
+from gdro_llm.problems.load import CELL_SETS, hold_out, load_problems
 from gdro_llm.training.trainer import train
 
 
@@ -172,7 +172,9 @@ def test_a_disk_that_does_not_take_the_best_weights_is_named(config, tmp_path, m
         checkpoint.save_best(tmp_path / "best-000001", lambda folder: 1 / 0)
 
 
-@pytest.mark.parametrize("data", ["cells", "cells-shared", "cells-light", "cells-heavy", "cells-dead", "ladder", "file"])
+@pytest.mark.parametrize(
+    "data", ["cells", "cells-shared", "cells-light", "cells-heavy", "cells-dead", "ladder", "file"]
+)
 def test_training_validation_and_test_problems_are_disjoint(tiny_data, data):
     """As many as asked for, the same ones whatever the seed, no prompt in two of them."""
     sets = tiny_data if data == "file" else {"data": data}
