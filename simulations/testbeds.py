@@ -248,9 +248,6 @@ def cells(
     interfere: float = 0.0,
     dead: float = 0.0,
     opposed: float = 0.0,
-    hard: float = 0.45,
-    low: float = 0.004,
-    high: float = 0.05,
     prompts: int = 1200,
     held_out: int = 400,
 ) -> Ground:
@@ -258,14 +255,11 @@ def cells(
 
     Args:
         seed: of everything.
-        kinds: 30 % of them start at p in .5...85, 25 % in .1...4, the others are hard.
+        kinds: 30 % of them start at p in .5...85, 25 % in .1...4; the others, with 45 % of the prompts, in .004...05.
         transfer: share of the kernel common to all pairs.
         interfere: variance of four further loadings of random sign a kind: what helps one kind may hurt another.
         dead: share of prompts out of reach, half with p = 0, half in 1e-6..1e-4.
         opposed: share of the prompts with p < .1 whose hits come by a false route.
-        hard: share of prompts in the hard kinds.
-        low: lowest pass rate of a hard kind.
-        high: highest.
         prompts: to train on.
         held_out: to evaluate on.
     """
@@ -273,9 +267,9 @@ def cells(
     total = prompts + held_out
     easy, middle = round(0.3 * kinds), round(0.25 * kinds)
     tier = np.repeat([0, 1, 2], [easy, middle, kinds - easy - middle])
-    rates = rng.uniform([0.5, 0.1, np.log(low)], [0.85, 0.4, np.log(high)], (kinds, 3))[np.arange(kinds), tier]
+    rates = rng.uniform([0.5, 0.1, np.log(0.004)], [0.85, 0.4, np.log(0.05)], (kinds, 3))[np.arange(kinds), tier]
     base = logit(np.where(tier == 2, np.exp(rates), rates))
-    share = np.where(tier == 2, hard / (tier == 2).sum(), (1 - hard) / (tier < 2).sum())
+    share = np.where(tier == 2, 0.45 / (tier == 2).sum(), 0.55 / (tier < 2).sum())
     kind = rng.choice(kinds, total, p=share)
     difficulty = base[kind] + 0.6 * rng.standard_normal(total)
     scale = rng.lognormal(0, 0.2, total)[:, None]
@@ -299,17 +293,17 @@ def ladder(
     seed: int,
     *,
     common: float = 0.3,
-    rung: float = 0.2,
     sharpening: float = 2.0,
     prompts: int = 360,
     held_out: int = 360,
 ) -> Ground:
     """Rungs of tasks for a pretrained model; RUNGS and WITHIN are exact start rates of SmolLM2-135M on 18 tasks.
 
+    Each rung has a skill of its own, with squared loading .2.
+
     Args:
         seed: of everything.
         common: squared loading on the skill common to all, for a prompt of mean difficulty.
-        rung: on the rung's own skill.
         sharpening: how much the common loading rises with the start logit, per standard deviation. Above about 1 it is
             negative for hard prompts: what makes likely answers likelier makes rare right ones rarer.
         prompts: to train on.
@@ -320,5 +314,5 @@ def ladder(
     kind = np.arange(total) % rungs
     difficulty = np.asarray(RUNGS)[kind] + WITHIN * rng.standard_normal(total)
     shift = np.sqrt(common) * (1.0 + sharpening * (difficulty - difficulty.mean()) / difficulty.std())
-    loadings = np.hstack([shift[:, None], np.sqrt(rung) * np.eye(rungs)[kind]])
+    loadings = np.hstack([shift[:, None], np.sqrt(0.2) * np.eye(rungs)[kind]])
     return Ground(difficulty, loadings, prompts, np.zeros(total, dtype=bool))

@@ -218,23 +218,34 @@ class LeavesOutEasy:
 def test_a_pretrained_model_is_indifferent_to_group_size_and_needs_its_easy_prompts():
     """The order measured on SmolLM2-135M: sizes 2, 4 and 12 within a point, and easy prompts left out cost mean@8.
 
-    Where kinds of prompts learn by themselves the same plan gains: no single population can choose a rule.
+    Without the falling agreement they cost nothing; where kinds of prompts learn by themselves the same plan gains. So
+    no single population can choose a rule.
     """
+    pretrained, little = TUNING["like a pretrained model"], TUNING["little transfer, κ .05"]
+
+    def agreeing(seed):
+        one = pretrained.build(seed)
+        one.agreement = 0.0
+        return one
+
     gains = {}
-    for name in ("like a pretrained model", "little transfer, κ .05"):
-        setting = TUNING[name]
+    for name, setting, build in (
+        ("pretrained", pretrained, pretrained.build),
+        ("agreeing", pretrained, agreeing),
+        ("little", little, little.build),
+    ):
         ends = {kind: [] for kind in (4, 2, 12, "hard")}
         for seed in range(1000, 1006):
-            for kind in ends:
-                one = setting.build(seed)
+            for kind, end in ends.items():
+                one = build(seed)
                 plan = LeavesOutEasy(one, 4, setting.batch) if kind == "hard" else GroupsOf(kind, 4, setting.batch)
                 total = setting.steps * setting.batch * 4
-                ends[kind].append(race(one, plan, total, setting.batch, seed)[-1]["mean_at_8"])
+                end.append(race(one, plan, total, setting.batch, seed)[-1]["mean_at_8"])
         gains[name] = {kind: 100 * (np.mean(end) - np.mean(ends[4])) for kind, end in ends.items()}
-    pretrained, little = gains.values()
-    assert abs(pretrained[2]) < 1.0
-    assert abs(pretrained[12]) < 1.0
-    assert pretrained["hard"] < -1.5
-    assert little["hard"] > 3.0
-    assert little[2] < -1.5
-    assert little[12] > 0.5
+    assert abs(gains["pretrained"][2]) < 1.0
+    assert abs(gains["pretrained"][12]) < 1.0
+    assert gains["pretrained"]["hard"] < -1.5
+    assert gains["agreeing"]["hard"] > -0.5
+    assert gains["little"]["hard"] > 3.0
+    assert gains["little"][2] < -1.5
+    assert gains["little"][12] > 0.5
