@@ -153,7 +153,7 @@ class Config:
     max_rollouts: int = _controller(12, "most rollouts that a prompt can get")
     num_bins: int = _controller(10, "difficulty bins, equal in pass rate", ge=1)
     candidates: int = _controller(
-        1, "prompts offered for each one of the batch, of which a controller that may pass prompts over chooses", ge=1
+        2, "prompts that the recommended controller is offered for each one of the batch, to choose from", ge=1
     )
     kappa: float = _controller(
         0.5, "a prompt's own part of the gradient over the noise of a rollout, until it is measured", ge=0.0
@@ -245,8 +245,8 @@ class Config:
         for name in self._without_effect():
             if self._is_set(name):
                 raise UsageError(f"{name} changes nothing with controller {self.controller!r}")
-        if self.candidates > 1 and self.min_rollouts:
-            raise UsageError(f"candidates need min_rollouts 0, got {self.min_rollouts}")
+        if self._is_set("candidates") and self.candidates > 1 and self.min_rollouts:
+            raise UsageError(f"candidates above 1 need min_rollouts 0, got {self.min_rollouts}")
         if 0 < self.importance_cap < 1:
             raise UsageError(f"importance_cap must be 0 (off) or at least 1, got {self.importance_cap!r}")
         if not LOSSES[self.loss].is_surrogate and self.controller.startswith("published"):

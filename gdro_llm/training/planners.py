@@ -77,8 +77,10 @@ class MoPPS(GDROController):
 
 
 def candidates_of(config: Config) -> int:
-    """Prompts offered to the controller for each one of the batch."""
-    return MOPPS_CANDIDATES if config.controller == "mopps" else config.candidates
+    """Prompts offered to the controller for each one of the batch, where the data has so many."""
+    if config.controller == "mopps":
+        return MOPPS_CANDIDATES
+    return config.candidates if config.controller in ("recommended", "null") and not config.min_rollouts else 1
 
 
 def adversary_of(config: Config, step: float) -> Adversary:

@@ -186,11 +186,10 @@ class Run:
         """Leave out training problems with long prompts; enough must be left for a planner that chooses."""
         config = self.config
         self.train_problems = drop_long_prompts(self.policy.tokenizer, self.train_problems, config)
-        offered = candidates_of(config)
-        if offered > 1 and len(self.train_problems) < offered * config.batch_size:
+        if config.controller == "mopps" and len(self.train_problems) < candidates_of(config) * config.batch_size:
             raise UsageError(
-                f"batch_size must be at most 1/{offered} of the {len(self.train_problems)} problems, as the controller "
-                f"chooses each of its prompts from {offered}; got {config.batch_size}"
+                f"batch_size must be at most a {candidates_of(config)}th of the {len(self.train_problems)} problems "
+                f"with controller 'mopps', got {config.batch_size}"
             )
 
     def _warn_if_problems_are_rarely_drawn(self) -> None:
