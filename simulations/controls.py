@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from gdro_core import Observation, Plan, Planner
+from gdro_core import GDROController, Observation, Plan, Planner
 
 
 class GroupsOf:
@@ -41,6 +41,35 @@ class GroupsOf:
         """Learns nothing."""
         self.step += 1
         return {}
+
+
+class Choosing:
+    """A controller that is offered more prompts than the budget has room for, and chooses among them.
+
+    Args:
+        controller: one that may pass prompts over.
+        mean_rollouts: n_bar, which with the loop's batch sets the budget.
+        batch: prompts of the loop's batch.
+        candidates: prompts offered for each one of the batch.
+    """
+
+    def __init__(self, controller: GDROController, mean_rollouts: int, batch: int, candidates: float = 2.0) -> None:
+        self.controller, self.budget, self.candidates = controller, mean_rollouts * batch, candidates
+
+    def plan(self, ids: Sequence[Hashable], *, budget: int | None = None) -> Plan:
+        """The controller's, at the budget of the batch."""
+        return self.controller.plan(ids, budget=self.budget)
+
+    def observe(self, plan: Plan, rewards: ArrayLike | Observation) -> dict[str, Any]:
+        """The controller's."""
+        return self.controller.observe(plan, rewards)
+
+
+def controller_of(planner: Planner) -> GDROController | None:
+    """The controller of gdro_core that a planner is, or that a control of this file holds."""
+    while isinstance(planner, Choosing | Dealt):
+        planner = planner.controller if isinstance(planner, Choosing) else planner.planner
+    return planner if isinstance(planner, GDROController) else None
 
 
 class Dealt:

@@ -497,8 +497,8 @@ PEERS: dict[str, Build] = {
     "chi-square": _core(ChiSquare(0.5)),
     "published Prompt-GDRO": _published(True),
     "published Rollout-GDRO": _published(False),
-    "recommended prompt": _core(Entropic(2.0)),
-    "recommended rollout": _core(rollout=True),
+    "joint, prompts only": _core(Entropic(2.0)),
+    "joint, rollouts only": _core(rollout=True),
     "joint": _core(Entropic(2.0), rollout=True),
     "joint, objective preserved": _core(Entropic(2.0), rollout=True, preserve=True),
 }

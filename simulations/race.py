@@ -11,7 +11,8 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from gdro_core import GDROController, Planner, PublishedController
+from gdro_core import Planner, PublishedController
+from simulations.controls import controller_of
 from simulations.epochs import Epochs, offered
 from simulations.harness import Row
 from simulations.population import Floats, Ints, Population
@@ -99,7 +100,8 @@ def race(population: Population, planner: Planner, total: int, batch: int, seed:
     """
     order, outcome, sketches = (np.random.default_rng([seed, stream]) for stream in (1, 2, 4))
     adaptive = planner if isinstance(planner, Adaptive) else None
-    measuring = planner if isinstance(planner, GDROController) and planner.components is not None else None
+    inner = controller_of(planner)
+    measuring = inner if inner is not None and inner.components is not None else None
     epochs = Epochs(population.prompts, offered(planner, batch, population.prompts), order)
     step, rollouts, states = 0, 0, [_state(population, 0, 0.0)]
     waiting: Groups | None = None

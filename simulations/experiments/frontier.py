@@ -21,10 +21,9 @@ from matplotlib.figure import Figure
 from gdro_core import GDROController, Planner
 from gdro_llm.intervals import mean_interval
 from gdro_llm.measuring.tables import markdown, with_interval
-from simulations.controls import Dealt, GroupsOf
+from simulations.controls import Choosing, Dealt, GroupsOf
 from simulations.harness import Row, Verdict
 from simulations.peers import PEERS
-from simulations.population import Population
 from simulations.race import own_stream, race
 from simulations.testbeds import AdamLike, Ground, Learner, Normalised, Plain, Steps, cells, ladder, skilled
 
@@ -38,9 +37,9 @@ COLUMNS = {
     "part": "tuning or report: other populations and other seeds",
     "population": "name",
     "rule": "name",
-    "pass_at_8": "held-out, after the last step (1)",
-    "mean_at_8": "held-out mean pass rate, then (1)",
-    "train": "mean pass rate of the training prompts, then (1)",
+    "pass_at_8": "held-out, at the uniform run's rollouts (1)",
+    "mean_at_8": "held-out mean pass rate, there (1)",
+    "train": "mean pass rate of the training prompts at the end (1)",
     "rollouts": "in all",
 }
 SEEDS, BLOCK = 30, 2
@@ -110,7 +109,7 @@ def _populations(
 TUNING = _populations(kinds=24, little=0.05, strong=0.8, dead=0.4, error=0.07, tail=4.0, shift=1.0)
 REPORT = _populations(kinds=30, little=0.1, strong=0.7, dead=0.5, error=0.05, tail=3.0, shift=0.8)
 
-Build = Callable[[Population, int, int], Planner]  # of the population, prompts a batch and the seed
+Build = Callable[[Learner, int, int], Planner]  # of the population, prompts a batch and the seed
 
 
 def _groups(size: int) -> Build:
@@ -121,22 +120,36 @@ def _peer(name: str) -> Build:
     return lambda population, batch, seed: PEERS[name](population, MEAN, own_stream(seed))
 
 
-def _recommended(population: Population, batch: int, seed: int) -> Planner:
-    return GDROController.recommended(MEAN, seed=seed)
+def _batch_only(population: Learner, batch: int, seed: int) -> Planner:
+    """As in a loop that offers the batch alone and measures no gradients."""
+    controller = GDROController.recommended(MEAN, seed=seed)
+    controller.components = None
+    return controller
 
 
-def _null(population: Population, batch: int, seed: int) -> Planner:
+def _recommended(population: Learner, batch: int, seed: int) -> Planner:
+    return Choosing(GDROController.recommended(MEAN, seed=seed), MEAN, batch)
+
+
+def _told(population: Learner, batch: int, seed: int) -> Planner:
+    controller = GDROController.recommended(MEAN, kappa=min(population.kappa, 2.5), seed=seed)  # the cap of `kappa`
+    controller.components = None
+    return Choosing(controller, MEAN, batch)
+
+
+def _null(population: Learner, batch: int, seed: int) -> Planner:
     return Dealt(_recommended(population, batch, seed), own_stream(seed))
 
 
 GROUPS = {f"groups of {n}": _groups(n) for n in (2, 8, 12, 16)}
-PEER_NAMES = ("MoPPS", "DUMP", "HORA", "VIP", "Frontier Learning", "InSight", "F-GRPO", "BBG")
 RULES: dict[str, Build] = {
     "uniform": _groups(MEAN),
     **GROUPS,
     "recommended": _recommended,
-    "recommended, dealt": _null,
-    **{name: _peer(name) for name in PEER_NAMES},
+    "recommended, told κ": _told,
+    "recommended, batch only, κ = .5": _batch_only,
+    "recommended, dealt at random": _null,
+    **{name: _peer(name) for name in PEERS if name not in ("uniform", "zero-information null", "Neyman oracle")},
 }
 MEASURES = {"pass_at_8": "pass@8", "mean_at_8": "mean@8"}
 
@@ -146,8 +159,9 @@ def simulate(seeds: np.ndarray, quick: bool) -> list[Row]:
     rows: list[Row] = []
     for seed in map(int, seeds):
         for part, settings, first in (("tuning", TUNING, FIRST_TUNING_SEED), ("report", REPORT, 0)):
+            rules = RULES if part == "report" else {"uniform": RULES["uniform"], **GROUPS}
             for name, setting in settings.items():
-                for rule, build in RULES.items():
+                for rule, build in rules.items():
                     labels = {"seed": seed, "part": part, "population": name, "rule": rule}
                     rows.append(labels | _run(setting, build, first + seed, quick))
     return rows
@@ -157,8 +171,10 @@ def _run(setting: Setting, build: Build, seed: int, quick: bool) -> Row:
     population = setting.build(seed)
     planner = build(population, setting.batch, seed)
     total = (3 if quick else setting.steps) * setting.batch * MEAN
-    end = race(population, planner, total, setting.batch, seed)[-1]
-    return {key: end[key] for key in (*MEASURES, "rollouts")} | {"train": float(population.pass_rate.mean())}
+    run = race(population, planner, total, setting.batch, seed)
+    spent = [row["rollouts"] for row in run]
+    end = {measure: float(np.interp(total, spent, [row[measure] for row in run])) for measure in MEASURES}
+    return {**end, "rollouts": spent[-1], "train": float(population.pass_rate.mean())}
 
 
 def gain(rows: list[Row], part: str, population: str, rule: str, measure: str) -> np.ndarray:
@@ -224,7 +240,7 @@ def draw(rows: list[Row]) -> Figure:
     """Paired differences from uniform with 95 % intervals, on the reported populations."""
     figure = Figure(figsize=(13.0, 7.5))
     axes = figure.subplots(1, len(MEASURES), sharey=True)
-    shown = ["recommended", "recommended, dealt", "groups of 12", "groups of 2", "MoPPS"]
+    shown = ["recommended", "recommended, dealt at random", "groups of 12", "groups of 2", "MoPPS"]
     for axis, (measure, label) in zip(axes, MEASURES.items(), strict=True):
         for k, rule in enumerate(shown):
             dots = np.array([mean_interval(gain(rows, "report", name, rule, measure)) for name in REPORT])

@@ -13,7 +13,7 @@ from test_run_directory import assert_same_run, die, die_at, fork_and_die
 import gdro_llm.training.checkpoint as checkpoint
 import gdro_llm.training.trainer as trainer
 from gdro_llm.config import Config, UsageError
-from gdro_llm.problems.load import CELL_SETS, hold_out, load_problems
+from gdro_llm.problems.load import hold_out, load_problems
 from gdro_llm.training.trainer import train
 
 
