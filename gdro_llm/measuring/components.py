@@ -62,7 +62,7 @@ def measure_components(config: Config, prompts: int, rollouts: int, out: Path) -
     plan = Plan(
         tuple(problem.id for problem in chosen), -np.ones(len(chosen), int), np.ones(len(chosen)), counts, 0.0, 0
     )
-    halves = half_gradients(policy, drawn, rewards, plan, config, 0, groups=len(chosen), width=WIDTH)
+    halves = half_gradients(policy, drawn, rewards, plan, config, 0, share=1.0, width=WIDTH)
     if not len(halves.prompts_M):
         raise UsageError("no prompt to measure: rewards must be 0 or 1, and prompts of at least 2 tokens")
     rate = rewards.reshape(len(chosen), rollouts).mean(axis=1)[halves.prompts_M]

@@ -15,8 +15,9 @@ R and S are drawn anew for each measurement: products of a measurement share the
 
 One pass, cheap for long prompts: every prompt is run once without its last token, then each rollout from that token on.
 The graph begins at the last block, whose outputs at earlier positions no completion depends on: the gradient is exact.
-Groups whose halves have equal rewards have gradient 0 and are not run. At most `GROUPS` are, in the order of a random
-permutation of the prompts; prompts up to there are all part of the answer, so that a mean over prompts stays one.
+Halves of equal rewards have gradient 0 and are not run. The others are until their rollouts are a share `SHARE` of the
+step's, so that the cost is a constant share of a step: prompts in the order of a random permutation. All prompts up to
+there are part of the answer, so that a mean over prompts stays one.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from gdro_llm.engine.rollouts import Rollouts
 from gdro_llm.engine.scoring import positions, run_prompts
 from gdro_llm.engine.workers import SINGLE_PROCESS, Workers, whole_weights
 
-GROUPS = 32  # that are run in a measurement
+SHARE = 0.2  # of a step's rollouts, run in a measurement
 FEWEST = 4  # rollouts of a group: two in each half
 WIDTH = 64  # of the sketch: WIDTH x WIDTH numbers a matrix
 
@@ -79,7 +80,7 @@ def half_gradients(
     step: int,
     workers: Workers = SINGLE_PROCESS,
     *,
-    groups: int = GROUPS,
+    share: float = SHARE,
     width: int = WIDTH,
 ) -> HalfGroups:
     """Split groups of the plan and the sketched gradients of their halves at the policy that drew them.
@@ -92,10 +93,11 @@ def half_gradients(
         config: seed, and `update_tokens` for the memory.
         step: decides, with the seed, which prompts and which sketch.
         workers: the processes; all call this together and get the same answer.
-        groups: most groups that are run.
+        share: of the plan's rollouts that are run, to the end of the group that reaches it.
         width: of the sketch, which has width^2 numbers a matrix.
     """
-    prompts_M, correct_M_2, trials_M_2 = _choose(plan, rewards_R, rollouts.prompts, groups, [config.seed, step, 4])
+    order = np.random.default_rng([config.seed, step, 4]).permutation(np.flatnonzero(plan.counts >= FEWEST))
+    prompts_M, correct_M_2, trials_M_2 = _choose(order, plan, rewards_R, rollouts.prompts, share * len(rewards_R))
     owner_R = rollouts.owner_R.cpu().numpy()
     rows: list[int] = []  # of this process' rollouts in halves with a gradient
     halves: list[int] = []
@@ -116,14 +118,14 @@ def half_gradients(
 
 
 def _choose(
-    plan: Plan, rewards_R: np.ndarray, prompts: list[list[int]], groups: int, seed: list[int]
+    order: np.ndarray, plan: Plan, rewards_R: np.ndarray, prompts: list[list[int]], most: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Prompts in random order until so many groups have a gradient; right answers and rollouts of their halves."""
+    """Prompts in this order until halves with a gradient have `most` rollouts; right answers and rollouts by half."""
     start_P = np.cumsum(plan.counts) - plan.counts
-    chosen, correct, trials, informative = [], [], [], 0
-    for p in np.random.default_rng(seed).permutation(np.flatnonzero(plan.counts >= FEWEST)).tolist():
+    chosen, correct, trials, running = [], [], [], 0
+    for p in order.tolist():
         reward = rewards_R[start_P[p] : start_P[p] + plan.counts[p]]
-        if informative == groups:
+        if running >= most:
             break
         if len(prompts[p]) < 2 or not np.isin(reward, (0.0, 1.0)).all():
             continue
@@ -131,7 +133,7 @@ def _choose(
         chosen.append(p)
         correct.append((first.sum(), second.sum()))
         trials.append((len(first), len(second)))
-        informative += int(np.ptp(first) > 0 or np.ptp(second) > 0)
+        running += sum(len(half) for half in (first, second) if np.ptp(half) > 0)
     shapes = ((chosen, (-1,)), (correct, (-1, 2)), (trials, (-1, 2)))
     prompts_M, correct_M_2, trials_M_2 = (np.array(column, dtype=np.int64).reshape(shape) for column, shape in shapes)
     return prompts_M, correct_M_2, trials_M_2

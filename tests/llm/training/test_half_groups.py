@@ -1,6 +1,7 @@
 """Gradients of half groups: exact without a sketch, unbiased and close with one, the same whoever has the rows."""
 
 import json
+from functools import partial
 
 import literal
 import numpy as np
@@ -14,9 +15,9 @@ from gdro_llm.config import Config
 from gdro_llm.engine.policy import Policy, load_policy
 from gdro_llm.engine.rollouts import Rollouts
 from gdro_llm.training import trainer
-from gdro_llm.training.components import half_gradients
 from gdro_llm.training.trainer import train
 
+half_gradients = partial(components.half_gradients, share=1.0)  # of all groups
 COUNTS = np.array([4, 0, 5, 3, 9])  # of literal.PROMPTS: one without rollouts, one with too few
 REWARDS = np.array([1, 0, 1, 1, 1, 0, 0, 1, 0, 1, 1, 0, 1, 1, 1, 1, 0, 0, 1, 1, 0.0])
 PLAN = Plan(tuple("abcde"), np.zeros(5, int), np.ones(5), COUNTS, 0.0, 0)
@@ -149,19 +150,18 @@ def test_the_sketch_is_new_in_every_measurement_and_the_same_for_all_rows(tiny, 
     assert not np.array_equal(np.sort(one, axis=0), np.sort(other, axis=0))
 
 
-def test_at_most_so_many_groups_are_run_and_none_is_chosen_by_its_rewards(tiny, tiny_config):
-    """The answer holds the prompts of a random order up to the last group that is run, those without a gradient too."""
+def test_a_share_of_the_rollouts_is_run_and_no_prompt_is_chosen_by_its_rewards(tiny, tiny_config):
+    """The answer holds the prompts of a random order up to the group that reaches it, those without a gradient too."""
     counts = np.full(5, 4)
     plan = Plan(tuple("abcde"), np.zeros(5, int), np.ones(5), counts, 0.0, 0)
     rewards = np.array([1, 0, 0, 0] * 2 + [1, 1, 1, 1] + [0, 0, 1, 1] + [0, 1, 0, 1.0])
     rollouts = literal.sample(tiny, literal.prompts(tiny), counts, 6, seed=0, rows=100)
     seen = set()
     for step in range(12):
-        halves = half_gradients(tiny, rollouts, rewards, plan, tiny_config(), step=step, groups=2)
-        live = [p in (0, 1, 4) for p in halves.prompts_M.tolist()]  # c is all right; the halves of d are pure
-        assert sum(live) == 2
-        assert live[-1]
-        assert (halves.first_M_D.any(axis=1) | halves.second_M_D.any(axis=1)).tolist() == live
+        halves = half_gradients(tiny, rollouts, rewards, plan, tiny_config(), step=step, share=0.2)
+        run = [(2, 2, 0, 0, 4)[p] for p in halves.prompts_M.tolist()]  # rollouts in halves with both outcomes
+        assert sum(run[:-1]) < 4 <= sum(run)
+        assert (halves.first_M_D.any(axis=1) | halves.second_M_D.any(axis=1)).tolist() == [n > 0 for n in run]
         seen.add(tuple(halves.prompts_M.tolist()))
     assert len(seen) > 4
 
