@@ -16,7 +16,7 @@ from gdro_llm.engine.policy import Policy
 class Rollouts:
     """Completions in plan order: row r belongs to prompt `owner_R[r]`."""
 
-    prompts: list[list[int]]  # token ids
+    prompts: list[list[int]]  # token ids; none for prompts that were passed over
     owner_R: torch.Tensor
     tokens_R_T: torch.Tensor  # padded on the right; the stop token is included
     mask_R_T: torch.Tensor  # 1 at tokens

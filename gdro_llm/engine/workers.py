@@ -61,10 +61,11 @@ class Workers:
         """Rows of the plan that this process samples and trains, ascending; the processes' rows are a partition.
 
         Whole prompts are assigned, the largest first, each to the process with the fewest rows so far, separately in
-        each of `parts` equal consecutive parts of the prompts (the mini-batches), so that all are busy in every one.
+        each of `parts` consecutive parts of the prompts with rows (the mini-batches, see `split_prompts`), so that all
+        are busy in every one.
         """
         process_P = np.zeros(len(counts_P), int)
-        for part in np.split(np.arange(len(counts_P)), parts):
+        for part in split_prompts(counts_P > 0, parts):
             load = np.zeros(self.size, int)
             for p in part[np.argsort(-counts_P[part], kind="stable")]:
                 process_P[p] = np.argmin(load)
@@ -81,6 +82,15 @@ class Workers:
 
 
 SINGLE_PROCESS = Workers()
+
+
+def split_prompts(drawn_P: np.ndarray, parts: int) -> list[np.ndarray]:
+    """The prompts that have rollouts, in consecutive parts, equal but for one prompt.
+
+    >>> split_prompts(np.array([True, False, True, True, True]), 2)
+    [array([0, 2]), array([3, 4])]
+    """
+    return np.array_split(np.flatnonzero(drawn_P), parts)
 
 
 def start_workers(device: str) -> Workers:

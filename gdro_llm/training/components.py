@@ -7,7 +7,7 @@ baselines within each half of h rollouts (A_j = r_j minus the mean reward of the
 
 are independent given the policy. They are taken with respect to the matrices of the last block that write into the
 residual stream (attention output, MLP output). In such a matrix with inputs x_t and gradients d_t at its outputs,
-z_j = sum_t d_t x_t^T, so that no gradient is ever formed: with sign matrices R and S of entries +-1 / sqrt(WIDTH),
+z_j = sum_t d_t x_t^T, so that no gradient is ever formed: with sign matrices R and S of entries +-1 / sqrt(width),
 
     R^T z_j S = sum_t (R^T d_t) (S^T x_t)^T,     E <R^T y S, R^T z S> = <y, z>.
 
@@ -15,8 +15,9 @@ R and S are drawn anew for each measurement: products of a measurement share the
 
 One pass, cheap for long prompts: every prompt is run once without its last token, then each rollout from that token on.
 The graph begins at the last block, whose outputs at earlier positions no completion depends on: the gradient is exact.
-Groups whose halves have equal rewards have gradient 0 and are not run. At most `GROUPS` are, in the order of a random
-permutation of the prompts; prompts up to there are all part of the answer, so that a mean over prompts stays one.
+Halves of equal rewards have gradient 0 and are not run. The others are until their rollouts are a share `SHARE` of the
+step's, so that the cost is a constant share of a step: prompts in the order of a random permutation. All prompts up to
+there are part of the answer, so that a mean over prompts stays one.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from gdro_llm.engine.rollouts import Rollouts
 from gdro_llm.engine.scoring import positions, run_prompts
 from gdro_llm.engine.workers import SINGLE_PROCESS, Workers, whole_weights
 
-GROUPS = 32  # that are run in a measurement
+SHARE = 0.2  # of a step's rollouts, run in a measurement
 FEWEST = 4  # rollouts of a group: two in each half
 WIDTH = 64  # of the sketch: WIDTH x WIDTH numbers a matrix
 
@@ -78,6 +79,9 @@ def half_gradients(
     config: Config,
     step: int,
     workers: Workers = SINGLE_PROCESS,
+    *,
+    share: float = SHARE,
+    width: int = WIDTH,
 ) -> HalfGroups:
     """Split groups of the plan and the sketched gradients of their halves at the policy that drew them.
 
@@ -89,8 +93,11 @@ def half_gradients(
         config: seed, and `update_tokens` for the memory.
         step: decides, with the seed, which prompts and which sketch.
         workers: the processes; all call this together and get the same answer.
+        share: of the plan's rollouts that are run, to the end of the group that reaches it.
+        width: of the sketch, which has width^2 numbers a matrix.
     """
-    prompts_M, correct_M_2, trials_M_2 = _choose(plan, rewards_R, rollouts.prompts, [config.seed, step, 4])
+    order = np.random.default_rng([config.seed, step, 4]).permutation(np.flatnonzero(plan.counts >= FEWEST))
+    prompts_M, correct_M_2, trials_M_2 = _choose(order, plan, rewards_R, rollouts.prompts, share * len(rewards_R))
     owner_R = rollouts.owner_R.cpu().numpy()
     rows: list[int] = []  # of this process' rollouts in halves with a gradient
     halves: list[int] = []
@@ -102,7 +109,7 @@ def half_gradients(
         rows.extend(mine)
         halves.extend([2 * m + half] * len(mine))
         factors.extend((reward - reward.mean())[: len(mine)] / (size - 1))  # leave-one-out advantage / h
-    sketch = _Sketch(policy, 2 * len(prompts_M), [config.seed, step, 5])
+    sketch = _Sketch(policy, 2 * len(prompts_M), width, [config.seed, step, 5])
     with whole_weights(policy.scorer), policy.autocast():
         for part in _parts(rollouts, np.array(rows, dtype=int), config.update_tokens):
             sketch.add(rollouts.select(np.array(rows)[part]), np.array(halves)[part], np.array(factors)[part])
@@ -111,14 +118,14 @@ def half_gradients(
 
 
 def _choose(
-    plan: Plan, rewards_R: np.ndarray, prompts: list[list[int]], seed: list[int]
+    order: np.ndarray, plan: Plan, rewards_R: np.ndarray, prompts: list[list[int]], most: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Prompts in random order until `GROUPS` have a gradient; right answers and rollouts of their halves."""
+    """Prompts in this order until halves with a gradient have `most` rollouts; right answers and rollouts by half."""
     start_P = np.cumsum(plan.counts) - plan.counts
-    chosen, correct, trials, informative = [], [], [], 0
-    for p in np.random.default_rng(seed).permutation(np.flatnonzero(plan.counts >= FEWEST)).tolist():
+    chosen, correct, trials, running = [], [], [], 0
+    for p in order.tolist():
         reward = rewards_R[start_P[p] : start_P[p] + plan.counts[p]]
-        if informative == GROUPS:
+        if running >= most:
             break
         if len(prompts[p]) < 2 or not np.isin(reward, (0.0, 1.0)).all():
             continue
@@ -126,7 +133,7 @@ def _choose(
         chosen.append(p)
         correct.append((first.sum(), second.sum()))
         trials.append((len(first), len(second)))
-        informative += int(np.ptp(first) > 0 or np.ptp(second) > 0)
+        running += sum(len(half) for half in (first, second) if np.ptp(half) > 0)
     shapes = ((chosen, (-1,)), (correct, (-1, 2)), (trials, (-1, 2)))
     prompts_M, correct_M_2, trials_M_2 = (np.array(column, dtype=np.int64).reshape(shape) for column, shape in shapes)
     return prompts_M, correct_M_2, trials_M_2
@@ -144,9 +151,9 @@ def _parts(rollouts: Rollouts, rows: np.ndarray, budget: int) -> Iterator[np.nda
             first = last
 
 
-def signs(rows: int, rng: np.random.Generator) -> np.ndarray:
-    """(rows, WIDTH) of +-1 / sqrt(WIDTH)."""
-    return np.asarray((2.0 * rng.integers(0, 2, (rows, WIDTH), dtype=np.int8) - 1.0) / WIDTH**0.5)
+def signs(rows: int, columns: int, rng: np.random.Generator) -> np.ndarray:
+    """(rows, columns) of +-1 / sqrt(columns)."""
+    return np.asarray((2.0 * rng.integers(0, 2, (rows, columns), dtype=np.int8) - 1.0) / columns**0.5)
 
 
 class _Sketch:
@@ -155,20 +162,21 @@ class _Sketch:
     Args:
         policy: whose.
         size: number of sums.
-        seed: of the sign matrices.
+        width: columns of the sign matrices.
+        seed: of these.
     """
 
-    def __init__(self, policy: Policy, size: int, seed: list[int]) -> None:
+    def __init__(self, policy: Policy, size: int, width: int, seed: list[int]) -> None:
         self._policy = policy
         self._modules = _writers(policy)
         rng = np.random.default_rng(seed)
 
         def matrix(rows: int) -> torch.Tensor:
-            return torch.from_numpy(signs(rows, rng)).to(policy.device, torch.float32)
+            return torch.from_numpy(signs(rows, width, rng)).to(policy.device, torch.float32)
 
         self._sides = [(matrix(module.in_features), matrix(module.out_features)) for module in self._modules]
-        width = sum(inputs.shape[1] * outputs.shape[1] for inputs, outputs in self._sides)
-        self.sums = torch.zeros(size, width, dtype=torch.float64, device=policy.device)
+        numbers = sum(inputs.shape[1] * outputs.shape[1] for inputs, outputs in self._sides)
+        self.sums = torch.zeros(size, numbers, dtype=torch.float64, device=policy.device)
 
     def add(self, rollouts: Rollouts, places_R: np.ndarray, factors_R: np.ndarray) -> None:
         """Add factor x sketch of each rollout to a sum. The graph begins at the last block."""

@@ -21,7 +21,7 @@ from gdro_llm.config import Config
 from gdro_llm.engine.policy import Policy
 from gdro_llm.engine.rollouts import Rollouts
 from gdro_llm.engine.scoring import TokenLogprobs
-from gdro_llm.engine.workers import SINGLE_PROCESS, Workers, reshard
+from gdro_llm.engine.workers import SINGLE_PROCESS, Workers, reshard, split_prompts
 from gdro_llm.training.batch import Batch
 from gdro_llm.training.losses import LOSSES, importance_weights, kl_to_reference
 
@@ -30,7 +30,7 @@ from gdro_llm.training.losses import LOSSES, importance_weights, kl_to_reference
 class Rows:
     """This process' rows on the device, and how they are scored."""
 
-    prompts: list[list[int]]
+    prompts: list[list[int]]  # token ids; none for prompts without rollouts in any process
     owner_R: torch.Tensor
     tokens_R_T: torch.Tensor
     mask_R_T: torch.Tensor
@@ -203,10 +203,10 @@ def _minibatches(
     rows: Rows, used_R: torch.Tensor, included_R: torch.Tensor, config: Config, workers: Workers
 ) -> list[MiniBatch]:
     """Consecutive prompts, in micro-batches; the sums over all processes are made here."""
-    per_minibatch = len(rows.prompts) // config.minibatches
+    parts = split_prompts(np.array([bool(ids) for ids in rows.prompts]), config.minibatches)
     plans = []
-    for first in range(0, len(rows.prompts), per_minibatch):
-        mine = (rows.owner_R >= first) & (rows.owner_R < first + per_minibatch)
+    for part in parts:
+        mine = torch.isin(rows.owner_R, torch.from_numpy(part).to(rows.owner_R.device))
         micro_batches = _micro_batches(rows, (mine & used_R).nonzero()[:, 0], config.update_tokens)
         counting = mine & included_R
         plans.append((micro_batches, int(rows.mask_R_T[counting].sum()), int(counting.sum())))
@@ -218,7 +218,7 @@ def _minibatches(
             micro_batches + [no_rows] * int(most[m] - len(micro_batches)),
             float(totals[m, 1]),
             # planned, not drawn: the number must not move with the counts of other mini-batches (`losses`)
-            float(config.mean_rollouts * per_minibatch if config.preserve_objective else totals[m, 2]),
+            float(config.mean_rollouts * len(parts[m]) if config.preserve_objective else totals[m, 2]),
         )
         for m, (micro_batches, _, _) in enumerate(plans)
     ]

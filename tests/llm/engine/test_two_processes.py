@@ -107,7 +107,7 @@ def two_steps(config: Config, rewards: np.ndarray, rollouts: Rollouts, workers: 
 def measured(policy: Policy, rollouts: Rollouts, config: Config, workers: Workers) -> HalfGroups:
     """Halves of all groups of at least 4 rollouts, in micro-batches of one prompt."""
     plan = Plan(tuple(range(6)), np.zeros(6, int), WEIGHTS, COUNTS, 0.0, 0)
-    return half_gradients(policy, rollouts, REWARDS, plan, replace(config, update_tokens=1), 0, workers)
+    return half_gradients(policy, rollouts, REWARDS, plan, replace(config, update_tokens=1), 0, workers, share=1.0)
 
 
 def each(policy: Policy):

@@ -40,23 +40,22 @@ class Case:
     seed: int
     rewards: str  # a key of EASE
     aggregation: str = "rollout"
-    min_rollouts: int = 2  # 0: with utility "mixed"
 
     def __str__(self) -> str:
         scaled = "scaled" if self.scaled else "unscaled"
-        return f"{self.controller}-{scaled}-{self.seed}-{self.rewards}-{self.aggregation}-{self.min_rollouts}"
+        return f"{self.controller}-{scaled}-{self.seed}-{self.rewards}-{self.aggregation}"
 
 
 CASES = [
     Case("recommended", True, 0, "mixed"),
     Case("recommended", True, 1, "rare"),
     Case("recommended", False, 2, "mixed", "prompt"),
-    Case("recommended-prompt", True, 0, "rare"),
-    Case("recommended-prompt", False, 1, "mixed"),
-    Case("recommended-rollout", True, 1, "mixed", "prompt"),
-    Case("recommended-rollout", False, 0, "rare"),
-    Case("recommended", True, 0, "rare", "prompt", 0),
-    Case("recommended", False, 1, "rare", "rollout", 0),
+    Case("joint", True, 0, "mixed"),
+    Case("joint", False, 2, "rare", "prompt"),
+    Case("joint-prompt", True, 0, "rare"),
+    Case("joint-prompt", False, 1, "mixed"),
+    Case("joint-rollout", True, 1, "mixed", "prompt"),
+    Case("joint-rollout", False, 0, "rare"),
     Case("grpo", True, 0, "mixed"),
     Case("grpo", False, 1, "rare"),
 ]
@@ -204,8 +203,6 @@ def with_verl(folder: Path, batches: list[list[Problem]], config: Config, case: 
 
     verl does not say in which order the rollouts of a prompt are graded: `Verdicts` in any order within a group.
     """
-    from gdro_llm.integrations.verl import Settings
-
     run = uuid.uuid4().hex
     rows = []
     for problem in (problem for batch in batches for problem in batch):
@@ -229,8 +226,6 @@ def with_verl(folder: Path, batches: list[list[Problem]], config: Config, case: 
         "trainer.total_training_steps": STEPS,
         "trainer.save_freq": -1,
     }
-    if case.min_rollouts == 0:  # verl's settings name no utility
-        fixtures.getfixturevalue("monkeypatch").setattr(Settings, "build", lambda *_: trainer.build_controller(config))
     configure, fit = (fixtures.getfixturevalue(name) for name in ("configure", "fit"))
     done, log = fit(configure(*(f"{key}={value}" for key, value in overrides.items()), rows=rows))
     advantages = []
@@ -272,7 +267,8 @@ def test_engines_decide_what_the_own_loop_decides(engine, case, run_config, tmp_
     rhythm = {"steps": STEPS, "eval_every": STEPS, "save_every": STEPS, "eval_samples": 1}
     # Three epochs, so that all prompts of the later ones are known.
     settings = {"controller": case.controller, "scale_rewards": case.scaled, "aggregation": case.aggregation}
-    settings |= {"min_rollouts": case.min_rollouts} | ({} if case.min_rollouts else {"utility": "mixed"})
+    if case.controller == "recommended":  # of the engines, only the own loop measures kappa
+        settings["measure_every"] = 0
     config = run_config(**settings, seed=case.seed, batch_size=20, **rhythm)
     problems, _ = load_problems(config)
     batches = [
@@ -296,7 +292,7 @@ def test_engines_decide_what_the_own_loop_decides(engine, case, run_config, tmp_
             )
         tolerance = rtol_without_a_game if case.controller == "grpo" else rtol
         np.testing.assert_allclose(advantages, expected_advantages * factor, rtol=tolerance, atol=1e-7)
-    assert any((plan.counts == 0).any() for plan in own.plans) == (case.min_rollouts == 0)
+    assert any((plan.counts == 0).any() for plan in own.plans) == (case.controller == "recommended")
     assert other.state == own.state
     assert other.names - {"missing_rollouts"} <= own.names
     assert {name for name in other.names if "/" in name} == {name for name in own.names if "/" in name}

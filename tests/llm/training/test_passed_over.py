@@ -10,7 +10,7 @@ import gdro_llm.training.step as step_module
 from gdro_core import GDROController, Plan
 from gdro_llm.config import Config, UsageError
 from gdro_llm.engine.transformers import HFSampler
-from gdro_llm.engine.workers import SINGLE_PROCESS, Workers
+from gdro_llm.engine.workers import SINGLE_PROCESS, Workers, split_prompts
 from gdro_llm.measuring.comparison import _proxies
 from gdro_llm.measuring.report import summary_table, write_report
 from gdro_llm.measuring.signal import ascent, split
@@ -23,7 +23,7 @@ from gdro_llm.training.planners import build_controller
 from gdro_llm.training.step import collect, summarise
 from gdro_llm.training.trainer import train
 
-PASSING = {"controller": "recommended", "utility": "mixed", "min_rollouts": 0}
+PASSING = {"controller": "recommended", "min_rollouts": 0}
 
 
 def every_third(plan: Plan) -> Plan:
@@ -40,8 +40,8 @@ def passing_over(monkeypatch):
     """Every plan of a controller passes over every third prompt; the list of plans fills up."""
     plans, plan = [], GDROController.plan
 
-    def planned(self, ids):
-        plans.append(every_third(plan(self, ids)))
+    def planned(self, ids, *, budget=None):
+        plans.append(every_third(plan(self, ids, budget=budget)))
         return plans[-1]
 
     monkeypatch.setattr(GDROController, "plan", planned)
@@ -56,6 +56,7 @@ def passing_over(monkeypatch):
         {"controller": "implicit"},
         {"controller": "null", "importance_cap": 2.0, "loss": "grpo"},
         {"refill": True},
+        {"candidates": 2, "minibatches": 4},
     ],
     ids=lambda settings: "-".join(settings) or "plain",
 )
@@ -89,7 +90,7 @@ def test_a_run_passes_prompts_over(run_config, tmp_path, passing_over, monkeypat
     assert all(math.isfinite(value) for value in _proxies(rows).values() if value is not None)
 
 
-def test_the_mixed_utility_passes_solved_and_hopeless_prompts_over():
+def test_the_signal_utility_passes_solved_and_hopeless_prompts_over():
     """By itself: with enough memory of both, no rollout goes to them, and the budget is spent on the others."""
     controller = build_controller(Config(**PASSING, batch_size=4, max_rollouts=16))
     ids = ["never", "always", "often", "half"]
@@ -169,8 +170,8 @@ def test_a_process_without_rows_goes_through_a_step(run_config, tiny, monkeypatc
     controller = build_controller(config)
     plan = controller.plan
 
-    def one_prompt(ids):
-        whole = plan(ids)
+    def one_prompt(ids, *, budget=None):
+        whole = plan(ids, budget=budget)
         return Plan(whole.ids, whole.bins, whole.weights, np.array([8, 0]), whole.price, whole.step)
 
     monkeypatch.setattr(controller, "plan", one_prompt)
@@ -183,26 +184,17 @@ def test_a_process_without_rows_goes_through_a_step(run_config, tiny, monkeypatc
     assert controller.state_dict()["step"] == 1
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"utility": "variance"},
-        {"controller": "grpo", "utility": "variance"},
-        {"controller": "recommended-prompt", "utility": "variance"},
-        {"controller": "published-rollout", "utility": "variance", "aggregation": "prompt"},
-        {"controller": "mopps", "utility": "variance"},
-    ],
-    ids=str,
-)
-def test_no_rollouts_are_refused_where_no_controller_can_plan_them(run_config, settings):
-    with pytest.raises(UsageError, match=r"min_rollouts must be at least 1 .* got 0: .* 'mixed' or 'hit'"):
-        run_config(**{**PASSING, **settings})
-    with pytest.raises(UsageError, match="min_rollouts must be at least 0, got -1"):
-        run_config(**{**PASSING, "min_rollouts": -1})
-
-
-@pytest.mark.parametrize("utility", ["mixed", "hit"])
-@pytest.mark.parametrize("controller", ["recommended", "recommended-rollout", "null", "implicit", "implicit-rollout"])
-def test_no_rollouts_are_allowed_where_they_can(run_config, controller, utility):
-    built = build_controller(run_config(**{**PASSING, "controller": controller, "utility": utility}))
-    assert built.rollout.min_rollouts == 0
+@pytest.mark.parametrize("parts", [1, 3, 4])
+def test_minibatches_hold_equally_many_prompts_with_rollouts(parts):
+    """Whichever are passed over, and whether or not their number divides; every process has its share of each."""
+    counts = np.array([0, 3, 0, 0, 2, 5, 4, 0, 2, 2, 0, 3, 6, 2, 0, 0])
+    split = split_prompts(counts > 0, parts)
+    assert np.concatenate(split).tolist() == np.flatnonzero(counts).tolist()
+    assert max(map(len, split)) - min(map(len, split)) <= 1
+    owner = np.repeat(np.arange(16), counts)
+    rows = [Workers(rank, 2).assign(counts, parts) for rank in range(2)]
+    assert sorted(np.concatenate(rows).tolist()) == list(range(counts.sum()))
+    for part in split:
+        loads = [np.isin(owner[mine], part).sum() for mine in rows]
+        assert abs(loads[0] - loads[1]) <= counts[part].max()
+        assert min(loads) > 0

@@ -1,5 +1,8 @@
 """Gradients of half groups: exact without a sketch, unbiased and close with one, the same whoever has the rows."""
 
+import json
+from functools import partial
+
 import literal
 import numpy as np
 import pytest
@@ -8,11 +11,13 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Mi
 
 import gdro_llm.training.components as components
 from gdro_core import GDROController, Plan
+from gdro_llm.config import Config
 from gdro_llm.engine.policy import Policy, load_policy
 from gdro_llm.engine.rollouts import Rollouts
-from gdro_llm.training.components import half_gradients
+from gdro_llm.training import trainer
 from gdro_llm.training.trainer import train
 
+half_gradients = partial(components.half_gradients, share=1.0)  # of all groups
 COUNTS = np.array([4, 0, 5, 3, 9])  # of literal.PROMPTS: one without rollouts, one with too few
 REWARDS = np.array([1, 0, 1, 1, 1, 0, 0, 1, 0, 1, 1, 0, 1, 1, 1, 1, 0, 0, 1, 1, 0.0])
 PLAN = Plan(tuple("abcde"), np.zeros(5, int), np.ones(5), COUNTS, 0.0, 0)
@@ -46,7 +51,7 @@ def by_autograd(policy: Policy, rollouts: Rollouts, names: tuple[str, ...]) -> d
 
 def without_sketch(monkeypatch) -> None:
     """Unit matrices in place of the random ones: the sketch is the gradient."""
-    monkeypatch.setattr(components, "signs", lambda rows, rng: np.eye(rows))
+    monkeypatch.setattr(components, "signs", lambda rows, columns, rng: np.eye(rows))
 
 
 LAST = ("model.layers.1.self_attn.o_proj.weight", "model.layers.1.mlp.down_proj.weight")
@@ -128,13 +133,12 @@ def test_inner_products_of_sketches_are_unbiased_and_close(tiny, tiny_config, ro
         without_sketch(patch)
         exact = products(half_gradients(tiny, rollouts, REWARDS, PLAN, config, step=0))
     scale = np.sqrt(np.outer(np.diag(exact), np.diag(exact)))
-    monkeypatch.setattr(components, "WIDTH", 8)
-    drawn = np.array([products(half_gradients(tiny, rollouts, REWARDS, PLAN, config, step=s)) for s in range(300)])
+    sketches = (half_gradients(tiny, rollouts, REWARDS, PLAN, config, step=s, width=8) for s in range(300))
+    drawn = np.array([products(halves) for halves in sketches])
     error = drawn.std(axis=0) / np.sqrt(300)
     assert (abs(drawn.mean(axis=0) - exact) <= 4.5 * error + 1e-9).all()
     assert (drawn.std(axis=0) > 0.02 * scale).sum() > 10  # there is something to average
-    monkeypatch.setattr(components, "WIDTH", 2000)
-    near = products(half_gradients(tiny, rollouts, REWARDS, PLAN, config, step=0))
+    near = products(half_gradients(tiny, rollouts, REWARDS, PLAN, config, step=0, width=2000))
     assert (abs(near - exact) <= 0.2 * scale + 1e-9).all()
 
 
@@ -146,20 +150,18 @@ def test_the_sketch_is_new_in_every_measurement_and_the_same_for_all_rows(tiny, 
     assert not np.array_equal(np.sort(one, axis=0), np.sort(other, axis=0))
 
 
-def test_at_most_so_many_groups_are_run_and_none_is_chosen_by_its_rewards(tiny, tiny_config, monkeypatch):
-    """The answer holds the prompts of a random order up to the last group that is run, those without a gradient too."""
-    monkeypatch.setattr(components, "GROUPS", 2)
+def test_a_share_of_the_rollouts_is_run_and_no_prompt_is_chosen_by_its_rewards(tiny, tiny_config):
+    """The answer holds the prompts of a random order up to the group that reaches it, those without a gradient too."""
     counts = np.full(5, 4)
     plan = Plan(tuple("abcde"), np.zeros(5, int), np.ones(5), counts, 0.0, 0)
     rewards = np.array([1, 0, 0, 0] * 2 + [1, 1, 1, 1] + [0, 0, 1, 1] + [0, 1, 0, 1.0])
     rollouts = literal.sample(tiny, literal.prompts(tiny), counts, 6, seed=0, rows=100)
     seen = set()
     for step in range(12):
-        halves = half_gradients(tiny, rollouts, rewards, plan, tiny_config(), step=step)
-        live = [p in (0, 1, 4) for p in halves.prompts_M.tolist()]  # c is all right; the halves of d are pure
-        assert sum(live) == 2
-        assert live[-1]
-        assert (halves.first_M_D.any(axis=1) | halves.second_M_D.any(axis=1)).tolist() == live
+        halves = half_gradients(tiny, rollouts, rewards, plan, tiny_config(), step=step, share=0.2)
+        run = [(2, 2, 0, 0, 4)[p] for p in halves.prompts_M.tolist()]  # rollouts in halves with both outcomes
+        assert sum(run[:-1]) < 4 <= sum(run)
+        assert (halves.first_M_D.any(axis=1) | halves.second_M_D.any(axis=1)).tolist() == [n > 0 for n in run]
         seen.add(tuple(halves.prompts_M.tolist()))
     assert len(seen) > 4
 
@@ -172,26 +174,32 @@ def test_partial_credit_is_left_out_and_an_empty_answer_is_one(tiny, tiny_config
     assert nothing.correct_M_2.shape == (0, 2)
 
 
-def test_a_run_lets_its_controller_observe_and_is_otherwise_the_same(run_config, tmp_path, monkeypatch):
-    """Every other step, the groups of that step's plan; what it returns is logged; nothing else changes."""
-    train(run_config(), tmp_path / "without")
-    seen = []
+def learning(config: Config) -> GDROController:
+    """A controller that learns components."""
+    return GDROController.recommended(config.mean_rollouts, num_bins=config.num_bins, seed=config.seed)
 
-    def observe_gradients(self, plan, prompts, first, second, correct, trials):
-        assert len(prompts) == len(first) == len(second) == len(correct) == len(trials) > 0
-        assert (trials.sum(axis=1) == plan.counts[prompts]).all()
+
+def test_a_run_lets_its_controller_observe_every_few_steps(run_config, tmp_path, monkeypatch):
+    """The groups of that step's plan, and what was learnt is saved; not where it is off, nor without components."""
+    seen, observe = [], GDROController.observe_gradients
+
+    def observe_gradients(self, plan, rows, first, second, correct, trials):
+        assert (trials.sum(axis=1) == plan.counts[rows]).all()
         live = (correct > 0) & (correct < trials)
         assert (first.any(axis=1) == live[:, 0]).all()
         assert (second.any(axis=1) == live[:, 1]).all()
         seen.append((plan.step, int(live.sum())))
-        return {"live": int(live.sum())}
+        observe(self, plan, rows, first, second, correct, trials)
 
-    monkeypatch.setattr(GDROController, "observe_gradients", observe_gradients, raising=False)
-    train(run_config(measure_every=2), tmp_path / "with")
+    monkeypatch.setattr(GDROController, "observe_gradients", observe_gradients)
+    monkeypatch.setattr(trainer, "build_controller", learning)
+    train(run_config(measure_every=2), tmp_path / "on")
     assert [step for step, _ in seen] == [0, 2, 4]
     assert sum(live for _, live in seen) > 0
-    rows, other = (literal.read_log(tmp_path / name / "metrics.jsonl") for name in ("with", "without"))
-    assert [row.pop("live", None) for row in rows] == [seen[0][1], None, seen[1][1], None, seen[2][1], None]
-    assert rows == other
+    state = json.loads((tmp_path / "on" / "checkpoint-000006" / "state.json").read_text())
+    assert np.sum(state["controller"]["components"]["pairs"]) > 0
     train(run_config(measure_every=0), tmp_path / "off")
+    monkeypatch.setattr(trainer, "build_controller", lambda config: GDROController.uniform(config.mean_rollouts))
+    train(run_config(measure_every=2), tmp_path / "uniform")
     assert len(seen) == 3
+    assert all(row["measure_s"] >= 0 for row in literal.read_log(tmp_path / "uniform" / "timing.jsonl"))
