@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config
 
 import gdro_llm.training.components as components
-from gdro_core import GDROController, Plan
+from gdro_core import GDROController, Plan, VarianceComponents
 from gdro_llm.engine.policy import Policy, load_policy
 from gdro_llm.engine.rollouts import Rollouts
 from gdro_llm.training.components import half_gradients
@@ -172,26 +172,43 @@ def test_partial_credit_is_left_out_and_an_empty_answer_is_one(tiny, tiny_config
     assert nothing.correct_M_2.shape == (0, 2)
 
 
-def test_a_run_lets_its_controller_observe_and_is_otherwise_the_same(run_config, tmp_path, monkeypatch):
-    """Every other step, the groups of that step's plan; what it returns is logged; nothing else changes."""
-    train(run_config(), tmp_path / "without")
+@pytest.mark.parametrize("controller", ["recommended", "null"])
+def test_a_run_lets_its_controller_observe_and_is_otherwise_the_same(run_config, tmp_path, monkeypatch, controller):
+    """Every other step, the groups of that step's plan; where nothing is learnt from them, nothing else changes."""
+    train(run_config(controller=controller, measure_every=0), tmp_path / "without")
     seen = []
 
-    def observe_gradients(self, plan, prompts, first, second, correct, trials):
-        assert len(prompts) == len(first) == len(second) == len(correct) == len(trials) > 0
-        assert (trials.sum(axis=1) == plan.counts[prompts]).all()
+    def observe_gradients(self, plan, rows, first, second, correct, trials):
+        assert len(rows) == len(first) == len(second) == len(correct) == len(trials) > 0
+        assert (trials.sum(axis=1) == plan.counts[rows]).all()
         live = (correct > 0) & (correct < trials)
         assert (first.any(axis=1) == live[:, 0]).all()
         assert (second.any(axis=1) == live[:, 1]).all()
         seen.append((plan.step, int(live.sum())))
-        return {"live": int(live.sum())}
 
-    monkeypatch.setattr(GDROController, "observe_gradients", observe_gradients, raising=False)
-    train(run_config(measure_every=2), tmp_path / "with")
-    assert [step for step, _ in seen] == [0, 2, 4]
+    monkeypatch.setattr(GDROController, "observe_gradients", observe_gradients)
+    train(run_config(controller=controller, measure_every=2), tmp_path / "with")
+    assert [step for step, _ in seen] == [1, 3, 5] or [step for step, _ in seen] == [0, 2, 4]
     assert sum(live for _, live in seen) > 0
     rows, other = (literal.read_log(tmp_path / name / "metrics.jsonl") for name in ("with", "without"))
-    assert [row.pop("live", None) for row in rows] == [seen[0][1], None, seen[1][1], None, seen[2][1], None]
     assert rows == other
-    train(run_config(measure_every=0), tmp_path / "off")
-    assert len(seen) == 3
+
+
+def test_a_run_learns_kappa_and_logs_it(run_config, tmp_path, monkeypatch):
+    """In time it is known, and then it decides; a run that does not measure never knows it."""
+    monkeypatch.setattr(VarianceComponents, "useful", True)  # tiny runs do not get there
+    train(run_config(measure_every=1, steps=10, eval_every=10, save_every=10), tmp_path / "with")
+    train(run_config(measure_every=0), tmp_path / "without")
+    rows, other = (literal.read_log(tmp_path / name / "metrics.jsonl") for name in ("with", "without"))
+    assert rows[0].keys() >= {"kappa", "cosine", "group_size"}
+    assert rows[-1]["kappa"] >= 0
+    assert rows[-1]["cosine"] is not None
+    assert {(row["kappa"], row["cosine"], row["group_size"]) for row in other} == {(None, None, None)}
+
+
+@pytest.mark.parametrize("controller", ["grpo", "joint", "joint-null", "implicit", "mopps", "published-prompt"])
+def test_controllers_without_components_are_not_measured(run_config, tmp_path, monkeypatch, controller):
+    """No gradient of half a group is taken for them, and there is no kappa in their logs."""
+    monkeypatch.setattr(components, "half_gradients", lambda *_: pytest.fail("measured"))
+    train(run_config(controller=controller, steps=1), tmp_path)
+    assert not {"kappa", "cosine", "group_size"} & literal.read_log(tmp_path / "metrics.jsonl")[0].keys()

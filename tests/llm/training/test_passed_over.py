@@ -1,4 +1,4 @@
-"""Prompts without rollouts (`min_rollouts` 0): in the plan, in no sample, no loss and no mean."""
+"""Prompts without rollouts (the recommended controller): in the plan, in no sample, no loss and no mean."""
 
 import math
 
@@ -14,7 +14,7 @@ from gdro_llm.engine.workers import SINGLE_PROCESS, Workers
 from gdro_llm.measuring.comparison import _proxies
 from gdro_llm.measuring.report import summary_table, write_report
 from gdro_llm.measuring.signal import ascent, split
-from gdro_llm.problems.load import load_problems
+from gdro_llm.problems.load import batch_indices, load_problems
 from gdro_llm.problems.rewards import Grader
 from gdro_llm.training.batch import make_batch
 from gdro_llm.training.clock import Clock
@@ -23,7 +23,7 @@ from gdro_llm.training.planners import build_controller
 from gdro_llm.training.step import collect, summarise
 from gdro_llm.training.trainer import train
 
-PASSING = {"controller": "recommended", "utility": "mixed", "min_rollouts": 0}
+PASSING = {"controller": "recommended"}
 
 
 def every_third(plan: Plan) -> Plan:
@@ -40,8 +40,8 @@ def passing_over(monkeypatch):
     """Every plan of a controller passes over every third prompt; the list of plans fills up."""
     plans, plan = [], GDROController.plan
 
-    def planned(self, ids):
-        plans.append(every_third(plan(self, ids)))
+    def planned(self, ids, *, budget=None):
+        plans.append(every_third(plan(self, ids, budget=budget)))
         return plans[-1]
 
     monkeypatch.setattr(GDROController, "plan", planned)
@@ -53,7 +53,6 @@ def passing_over(monkeypatch):
     [
         {},
         {"aggregation": "prompt", "minibatches": 4, "kl_coef": 0.1, "passes": 2},
-        {"controller": "implicit"},
         {"controller": "null", "importance_cap": 2.0, "loss": "grpo"},
         {"refill": True},
     ],
@@ -77,10 +76,9 @@ def test_a_run_passes_prompts_over(run_config, tmp_path, passing_over, monkeypat
     for row, plan in zip(rows, passing_over, strict=True):
         assert all(math.isfinite(value) for value in row.values() if isinstance(value, float))
         drawn = float((plan.counts > 0).mean())
-        if settings.get("controller") != "implicit":  # which plays n_bar everywhere, with weights 0
-            assert row["passed_over_share"] == pytest.approx(1 - drawn)
+        assert row["passed_over_share"] == pytest.approx(1 - drawn)
         assert row["all_wrong_share"] + row["mixed_share"] + row["all_correct_share"] == pytest.approx(1)
-    if settings.get("controller") not in ("implicit", "null"):  # these change the plan once more
+    if settings.get("controller") != "null":  # which changes the plan once more
         assert [flags for flags in asked if not all(flags)] == [(plan.counts > 0).tolist() for plan in passing_over]
         assert len(tokenized) == sum((plan.counts > 0).sum() for plan in passing_over)
     assert len(literal.read_log(tmp_path / "samples.jsonl")) == 6
@@ -89,7 +87,7 @@ def test_a_run_passes_prompts_over(run_config, tmp_path, passing_over, monkeypat
     assert all(math.isfinite(value) for value in _proxies(rows).values() if value is not None)
 
 
-def test_the_mixed_utility_passes_solved_and_hopeless_prompts_over():
+def test_the_recommended_controller_passes_solved_and_hopeless_prompts_over():
     """By itself: with enough memory of both, no rollout goes to them, and the budget is spent on the others."""
     controller = build_controller(Config(**PASSING, batch_size=4, max_rollouts=16))
     ids = ["never", "always", "often", "half"]
@@ -169,8 +167,8 @@ def test_a_process_without_rows_goes_through_a_step(run_config, tiny, monkeypatc
     controller = build_controller(config)
     plan = controller.plan
 
-    def one_prompt(ids):
-        whole = plan(ids)
+    def one_prompt(ids, *, budget):
+        whole = plan(ids, budget=budget)
         return Plan(whole.ids, whole.bins, whole.weights, np.array([8, 0]), whole.price, whole.step)
 
     monkeypatch.setattr(controller, "plan", one_prompt)
@@ -183,26 +181,37 @@ def test_a_process_without_rows_goes_through_a_step(run_config, tiny, monkeypatc
     assert controller.state_dict()["step"] == 1
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"utility": "variance"},
-        {"controller": "grpo", "utility": "variance"},
-        {"controller": "recommended-prompt", "utility": "variance"},
-        {"controller": "published-rollout", "utility": "variance", "aggregation": "prompt"},
-        {"controller": "mopps", "utility": "variance"},
-    ],
-    ids=str,
-)
-def test_no_rollouts_are_refused_where_no_controller_can_plan_them(run_config, settings):
-    with pytest.raises(UsageError, match=r"min_rollouts must be at least 1 .* got 0: .* 'mixed' or 'hit'"):
-        run_config(**{**PASSING, **settings})
+def test_candidates_share_the_budget_of_a_batch(run_config, tmp_path, monkeypatch):
+    """Each step plans its own problems and as many others; those others get rollouts once they are known."""
+    plans, plan = [], GDROController.plan
+
+    def kept(self, ids, *, budget=None):
+        assert budget == 32
+        plans.append(plan(self, ids, budget=budget))
+        return plans[-1]
+
+    monkeypatch.setattr(GDROController, "plan", kept)
+    config = run_config(controller="recommended", candidates=3, steps=10, save_every=10, eval_every=10)
+    train(config, tmp_path)
+    problems, _ = load_problems(config)
+    for step, planned in enumerate(plans):
+        epoch = [problems[i].id for i in batch_indices(len(problems), 8, step, config.seed)]
+        assert planned.ids[:8] == tuple(epoch)
+        assert len(planned.ids) == 24
+        assert planned.counts.sum() == 32
+    assert plans[0].counts[8:].sum() == 0
+    assert sum(planned.counts[8:].sum() for planned in plans) > 0
+    assert literal.read_log(tmp_path / "metrics.jsonl")[0]["passed_over_share"] == pytest.approx(2 / 3)
+
+
+def test_more_candidates_than_problems_are_refused(run_config, tmp_path):
+    with pytest.raises(UsageError, match="batch_size must be at most 1/6 of the 40 problems.*from 6; got 8"):
+        train(run_config(controller="recommended", candidates=6), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UsageError, match="candidates above 1 need min_rollouts 0"):
+        run_config(controller="recommended", candidates=2, min_rollouts=2)
+
+
+def test_fewest_rollouts_are_no_negative_number(run_config):
     with pytest.raises(UsageError, match="min_rollouts must be at least 0, got -1"):
-        run_config(**{**PASSING, "min_rollouts": -1})
-
-
-@pytest.mark.parametrize("utility", ["mixed", "hit"])
-@pytest.mark.parametrize("controller", ["recommended", "recommended-rollout", "null", "implicit", "implicit-rollout"])
-def test_no_rollouts_are_allowed_where_they_can(run_config, controller, utility):
-    built = build_controller(run_config(**{**PASSING, "controller": controller, "utility": utility}))
-    assert built.rollout.min_rollouts == 0
+        run_config(min_rollouts=-1)
