@@ -9,6 +9,7 @@ import sys
 from dataclasses import FrozenInstanceError, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,6 +26,7 @@ from gdro_llm.config import (
     Config,
     UsageError,
     load_preset,
+    named_as_now,
     preset_names,
 )
 

@@ -188,7 +188,7 @@ def test_a_run_lets_its_controller_observe_and_is_otherwise_the_same(run_config,
 
     monkeypatch.setattr(GDROController, "observe_gradients", observe_gradients)
     train(run_config(controller=controller, measure_every=2), tmp_path / "with")
-    assert [step for step, _ in seen] == [1, 3, 5] or [step for step, _ in seen] == [0, 2, 4]
+    assert [step for step, _ in seen] == [0, 2, 4]
     assert sum(live for _, live in seen) > 0
     rows, other = (literal.read_log(tmp_path / name / "metrics.jsonl") for name in ("with", "without"))
     assert rows == other

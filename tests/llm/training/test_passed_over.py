@@ -205,7 +205,7 @@ def test_candidates_share_the_budget_of_a_batch(run_config, tmp_path, monkeypatc
 
 
 def test_more_candidates_than_problems_are_refused(run_config, tmp_path):
-    with pytest.raises(UsageError, match="batch_size must be at most 1/6 of the 40 problems.*from 6; got 8"):
+    with pytest.raises(UsageError, match=r"batch_size must be at most 1/6 of the 40 problems.*from 6; got 8"):
         train(run_config(controller="recommended", candidates=6), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     with pytest.raises(UsageError, match="candidates above 1 need min_rollouts 0"):

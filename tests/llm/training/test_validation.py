@@ -172,7 +172,9 @@ def test_a_disk_that_does_not_take_the_best_weights_is_named(config, tmp_path, m
         checkpoint.save_best(tmp_path / "best-000001", lambda folder: 1 / 0)
 
 
-@pytest.mark.parametrize("data", ["cells", "cells-shared", "cells-light", "cells-heavy", "cells-dead", "ladder", "file"])
+@pytest.mark.parametrize(
+    "data", ["cells", "cells-shared", "cells-light", "cells-heavy", "cells-dead", "ladder", "file"]
+)
 def test_training_validation_and_test_problems_are_disjoint(tiny_data, data):
     """As many as asked for, the same ones whatever the seed, no prompt in two of them."""
     sets = tiny_data if data == "file" else {"data": data}
