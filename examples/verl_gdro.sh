@@ -1,10 +1,10 @@
 #!/bin/sh
-# GDRO in verl 0.9.1 on one node: Qwen3-0.6B on GSM8K, 8 rollouts a prompt on average, 2 to 24 for one prompt.
+# GDRO in verl 0.9.1 on one node: Qwen3-0.6B on GSM8K, 8 rollouts a prompt on average, none or up to 24 for one prompt.
 # Data: examples/data_preprocess/gsm8k.py of verl's repository, which numbers the rows as extra_info.index.
 export VERL_USE_EXTERNAL_MODULES="${VERL_USE_EXTERNAL_MODULES:-gdro_llm.integrations.verl}"
 exec python -m verl.trainer.main_ppo \
   trainer.v1.trainer_mode=gdro_sync \
-  +gdro.controller=recommended +gdro.min_rollouts=2 +gdro.max_rollouts=24 \
+  +gdro.controller=recommended +gdro.max_rollouts=24 \
   algorithm.adv_estimator=grpo \
   actor_rollout_ref.rollout.n=8 \
   actor_rollout_ref.rollout.name=vllm \

@@ -161,7 +161,9 @@ class Config:
     measure_every: int = _controller(
         10, "steps between measurements of kappa by the recommended controller; 0: none, kappa stays", ge=0
     )
-    verifier_error: float = _controller(0.0, "share of the grades that the verifier gets wrong, as known", ge=0, lt=0.5)
+    verifier_error: float = _controller(
+        0.0, "share of the grades that the verifier gets wrong, as known", ge=0, le=0.49
+    )
     adversary: str = _controller("entropic", "of the weights", tuple(DIALS))
     adversary_step: float = _controller(
         0.0,
@@ -242,11 +244,14 @@ class Config:
         for adversary, dial in DIALS.items():
             if adversary != self.adversary and self._is_set(dial):
                 raise UsageError(f"{dial} changes nothing with adversary {self.adversary!r}")
-        for name in self._without_effect():
+        for name in sorted(self._without_effect()):
             if self._is_set(name):
                 raise UsageError(f"{name} changes nothing with controller {self.controller!r}")
         if self._is_set("candidates") and self.candidates > 1 and self.min_rollouts:
-            raise UsageError(f"candidates above 1 need min_rollouts 0, got {self.min_rollouts}")
+            raise UsageError(
+                "candidates above 1 need min_rollouts 0, so that some can be passed over, "
+                f"got {self.candidates} with min_rollouts {self.min_rollouts}"
+            )
         if 0 < self.importance_cap < 1:
             raise UsageError(f"importance_cap must be 0 (off) or at least 1, got {self.importance_cap!r}")
         if not LOSSES[self.loss].is_surrogate and self.controller.startswith("published"):
@@ -309,16 +314,19 @@ class Config:
             before: what the config.json of the earlier run holds, see `named_as_now`; an absent key has its default.
 
         Returns:
-            Earlier and present value of each key that differs, has an effect, and is not in `RESUMABLE`.
+            Earlier and present value of each key that differs, has an effect, and is not in `RESUMABLE`; where 0 stands
+            for the controller's own default, that default.
         """
         now, then = asdict(self), named_as_now(before)
         idle = self._without_effect() if then.get("controller") == self.controller else set()
-        own = {"adversary_step": 0.5 if self.controller in ("recommended", "null") else 2.0, "min_rollouts": 2}
-        if self.controller in ("recommended", "null"):
-            del own["min_rollouts"]  # there 0 means 0
-        pairs = {key: (then.get(key, getattr(Config, key)), value) for key, value in now.items()}
-        differ = {key for key, (a, b) in pairs.items() if (a or own.get(key, a)) != (b or own.get(key, b))}
-        return {key: pair for key, pair in pairs.items() if key in differ - set(RESUMABLE) - idle}
+        frontier = self.controller in ("recommended", "null")
+        own = {"adversary_step": 0.5 if frontier else 2.0, "min_rollouts": 0 if frontier else 2}
+        plain = before.keys() if "kappa" not in before else set()  # an earlier version's 0 is a 0
+        pairs = {}
+        for key in now.keys() - set(RESUMABLE) - idle:
+            old = then.get(key, getattr(Config, key))
+            pairs[key] = (old if key in plain else old or own.get(key, old), now[key] or own.get(key, now[key]))
+        return {key: pairs[key] for key in now if key in pairs and pairs[key][0] != pairs[key][1]}
 
 
 def named_as_now(saved: Mapping[str, Any]) -> dict[str, Any]:

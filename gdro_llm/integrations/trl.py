@@ -111,7 +111,9 @@ class GDROTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is not installed ev
     Args:
         positional, named: GRPOTrainer's arguments. `args` is required, with `num_generations` = n_bar, and the training
             data need a column `prompt_id` (`add_prompt_ids`), with each prompt once.
-        controller: decides; not a published one, whose games need the losses of the update.
+        controller: decides; not a published one, whose games need the losses of the update. It plans the prompts of
+            TRL's batch and no further candidates. `GDROController.recommended` passes some over, which then have no
+            rows; its `kappa` is the number that it is made with: no gradients are measured here.
         to_unit: (R, F) rewards of all R rollouts by the F reward functions -> (R,) what the controller observes, in
             [0, 1], 1 is correct; NaN where there is no verdict. None takes the rewards of the one function as they are.
             For -1 and 1: `lambda r: (r[:, 0] + 1) / 2`; with several functions: `lambda r: r[:, 0]`. The policy is

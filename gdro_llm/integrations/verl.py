@@ -90,11 +90,13 @@ class Settings:
         ):
             if value not in choices:
                 raise UsageError(f"gdro.{name} must be one of {', '.join(choices)}, got {value!r}")
+        if not 0 <= settings.verifier_error <= 0.49:
+            raise UsageError(f"gdro.verifier_error must lie in [0, 0.49], got {settings.verifier_error:g}")
         mean = config.actor_rollout_ref.rollout.n
         if not 2 <= (settings.min_rollouts or 2) <= mean <= settings.max_rollouts:
             raise UsageError(
                 "rollouts must satisfy 2 <= gdro.min_rollouts <= actor_rollout_ref.rollout.n <= gdro.max_rollouts, or "
-                f"gdro.min_rollouts may be 0, got 2 <= {settings.min_rollouts} <= {mean} <= {settings.max_rollouts}"
+                f"gdro.min_rollouts 0, got {settings.min_rollouts}, {mean} and {settings.max_rollouts}"
             )
         return settings
 

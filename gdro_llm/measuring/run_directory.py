@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gdro_llm.config import UsageError
+from gdro_llm.config import UsageError, named_as_now
 
 Row = dict[str, Any]  # one line of a .jsonl file
 
@@ -36,9 +36,9 @@ class RunDirectory:
 
     @cached_property
     def config(self) -> Row:
-        """The resolved configuration."""
+        """The resolved configuration, see `named_as_now`."""
         path = self.path / "config.json"
-        return read_object(path) if path.is_file() else {}
+        return named_as_now(read_object(path)) if path.is_file() else {}
 
     @cached_property
     def metrics(self) -> list[Row]:

@@ -57,8 +57,7 @@ class ImpliedWeights(GDROController):
         plan = super().plan(ids, budget=budget)
         mean = len(plan.owner) // len(plan.ids)
         p = self.classifier.pass_rate(plan.ids)
-        pull = gradient_weight(np.maximum(plan.counts, 1), p)  # one rollout has no pull, and neither have none
-        weights = plan.weights * pull / gradient_weight(mean, p)
+        weights = plan.weights * gradient_weight(plan.counts, p) / gradient_weight(mean, p)
         if self.mean_over_rollouts:
             weights = weights * plan.counts / mean
         counts = np.full(len(plan.ids), mean)

@@ -9,6 +9,7 @@ import sys
 from dataclasses import FrozenInstanceError, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,6 +26,7 @@ from gdro_llm.config import (
     Config,
     UsageError,
     load_preset,
+    named_as_now,
     preset_names,
 )
 
@@ -85,7 +87,7 @@ def refused(tmp_path, tiny_model, capsys):
         ("clip_high = -0.1", r"clip_high must be at least 0.0, got -0.1"),
         ("min_rollouts = 5", r"min_rollouts <= mean_rollouts <= max_rollouts, got 5 <= 4 <= 12"),
         ("min_rollouts = 9\nmax_rollouts = 3", r"got 9 <= 4 <= 3"),
-        ("max_rollouts = 3", r"got 2 <= 4 <= 3"),
+        ("max_rollouts = 3", r"got 0 <= 4 <= 3"),
         ("mean_rollouts = 1\nmin_rollouts = 1", r"mean_rollouts must be at least 2, got 1"),
         ("thinking = true", r"thinking must be off with prompt_style 'plain'"),
         ("minibatches = 3", r"minibatches must divide batch_size = 4, got 3"),
@@ -346,7 +348,7 @@ def test_the_help_of_a_preset_shows_its_values(tmp_path, capsys):
         ("train my", {"my"}),  # of the kind "file", which the shell completes
         ("presets smol", {"smollm2-arith"}),
         ("train quickstart --learning", {"--learning-rate"}),
-        ("train quickstart --controller recommended-", {"recommended-prompt", "recommended-rollout"}),
+        ("train quickstart --controller joint-", {"joint-prompt", "joint-rollout", "joint-null"}),
         ("train quickstart --no-sc", {"--no-scale-rewards"}),
         ("eval embedded --top", {"--top-p", "--top-k"}),
     ],
@@ -505,7 +507,7 @@ def test_a_dial_is_refused_where_it_changes_nothing(dial, value, adversary, othe
     for other in others:
         with pytest.raises(UsageError, match=f"^{dial} changes nothing with adversary '{other}'$"):
             Config(adversary=other, **{dial: value})
-    for controller in ("grpo", "mopps", "published-prompt", "recommended-rollout", "implicit-rollout"):
+    for controller in ("grpo", "mopps", "published-prompt", "joint-rollout", "implicit-rollout"):
         with pytest.raises(UsageError, match=f"changes nothing with controller '{controller}'$"):
             Config(adversary=adversary, controller=controller, **{dial: value})
 
@@ -517,3 +519,59 @@ def test_an_absent_key_of_an_earlier_run_has_its_default():
     assert Config(threads=2, log_to="wandb").conflicts(before) == {}
     differing = Config(adversary="cvar", cvar_alpha=0.2, seed=1).conflicts(before)
     assert differing == {"seed": (0, 1), "adversary": ("entropic", "cvar"), "cvar_alpha": (0.5, 0.2)}
+
+
+FRONTIER = ("candidates", "kappa", "measure_every", "verifier_error")
+
+
+def before_kappa(controller: str, **settings) -> dict[str, Any]:
+    """A config.json of a version without a kappa, in which defaults were written out."""
+    saved = json.loads(Config().to_json()) | {"controller": controller, "min_rollouts": 2, "adversary_step": 2.0}
+    return {key: value for key, value in (saved | settings).items() if key not in FRONTIER}
+
+
+@pytest.mark.parametrize(
+    ("earlier", "now"),
+    [
+        ("recommended", "joint"),
+        ("recommended-prompt", "joint-prompt"),
+        ("recommended-rollout", "joint-rollout"),
+        ("null", "joint-null"),
+        *((name, name) for name in ("grpo", "mopps", "implicit", "implicit-rollout", "published-prompt")),
+    ],
+)
+def test_controllers_of_earlier_runs_have_their_present_names(earlier, now):
+    """`recommended` was joint play until there was a kappa: such a run goes on as that, and as nothing else."""
+    saved = before_kappa(earlier)
+    assert named_as_now(saved) == saved | {"controller": now}
+    assert named_as_now(named_as_now(saved)) == named_as_now(saved)
+    assert Config(controller=now).conflicts(saved) == {}
+    other = "recommended" if now != "mopps" else "joint"
+    assert Config(controller=other).conflicts(saved)["controller"] == (now, other)
+
+
+def test_controllers_of_present_runs_keep_their_names():
+    for controller in CONTROLLERS:
+        settings = {"controller": controller, "aggregation": "prompt"}
+        saved = json.loads(Config(**settings).to_json())
+        assert named_as_now(saved) == saved
+        assert Config(**settings).conflicts(saved) == {}
+
+
+def test_zero_of_an_earlier_run_was_a_zero():
+    """Joint play with prompts passed over, or without an adversary, cannot go on: 0 now means the own default."""
+    saved = before_kappa("recommended", min_rollouts=0, adversary_step=0.0, utility="mixed")
+    differing = Config(controller="joint", utility="mixed").conflicts(saved)
+    assert differing == {"min_rollouts": (0, 2), "adversary_step": (0.0, 2.0)}
+
+
+def test_settings_without_effect_are_no_conflict():
+    """Those that the controller does not look at; with another controller, all that differ are named."""
+    saved = json.loads(Config(controller="recommended").to_json())
+    assert Config(controller="recommended").conflicts(saved | {"utility": "hit"}) == {}
+    assert Config(controller="recommended").conflicts(saved | {"kappa": 1.0}) == {"kappa": (1.0, 0.5)}
+    joint = json.loads(Config(controller="joint").to_json())
+    assert Config(controller="joint").conflicts(joint | dict.fromkeys(FRONTIER, 3)) == {}
+    differing = Config(controller="joint", utility="hit").conflicts(saved | {"kappa": 1.0})
+    assert differing["controller"] == ("recommended", "joint")
+    assert {"utility", "kappa"} < differing.keys()

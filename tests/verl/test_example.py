@@ -114,7 +114,7 @@ def test_example_saves(run, folder):
     """verl's checkpoint, and in it the controller that the example names."""
     (saved,) = (run / "checkpoints").glob("*/*/global_step_*")
     assert saved.name == f"global_step_{STEPS}"
-    controller = GDROController.joint_play(8, 2, 24)
+    controller = GDROController.recommended(8, 0, 24)
     state = json.loads((saved / "gdro_controller.json").read_text())
     controller.load_state_dict(state)
     assert state["step"] == STEPS

@@ -21,7 +21,8 @@ from gdro_llm.config import UsageError
 from gdro_llm.integrations.verl import LOSSES, Pending, Settings, prompt_ids
 from gdro_llm.training.losses import group_advantages, rollout_scale
 
-STEPS = ("trainer.total_training_steps=8", "+gdro.max_rollouts=8", "+gdro.seed=3")  # every prompt comes twice
+JOINT = "+gdro.controller=joint"
+STEPS = (JOINT, "trainer.total_training_steps=8", "+gdro.max_rollouts=8", "+gdro.seed=3")  # every prompt comes twice
 
 
 def batches(trainer):
@@ -92,7 +93,7 @@ def test_resuming_refuses_checkpoints_of_other_runs(run, configure, fit, tmp_pat
         fit(configure(*STEPS, *resume))
     (folder / "gdro_controller.json").write_text(json.dumps(trainer.controller.state_dict()))
     with pytest.raises(UsageError, match=r"gdro_controller\.json is of other settings: .*seed"):
-        fit(configure("+gdro.seed=4", *resume))
+        fit(configure(JOINT, "+gdro.seed=4", *resume))
 
 
 def test_failed_rollouts_are_no_zeros(fit, configure):
@@ -122,7 +123,7 @@ def test_rewards_outside_zero_and_one_are_observed_by_another_metric(fit, config
         fit(configure(wrong=-1))
     with pytest.raises(UsageError, match=r"gdro\.metric must be 'reward' or .*score, acc.*, got 'points'"):
         fit(configure("+gdro.metric=points", wrong=-1))
-    trainer, _ = fit(configure("+gdro.metric=acc", "trainer.total_training_steps=1", wrong=-1))
+    trainer, _ = fit(configure(JOINT, "+gdro.metric=acc", "trainer.total_training_steps=1", wrong=-1))
     controller = GDROController.joint_play(4)
     ((ids, _owner, _sessions, rewards, *_),) = batches(trainer)
     controller.observe(controller.plan(ids), (rewards + 1) / 2)
@@ -208,10 +209,13 @@ def test_reward_of_a_rollout_with_several_outputs_is_its_last():
         ("trainer.v1.sampler.custom_sampler.path=my.py", "custom_sampler must be left out"),
         ("distillation.enabled=True", "distillation.enabled must be False"),
         ("skip.rollout_tq.enable=True", "skip.rollout_tq.enable must be False"),
-        ("+gdro.min_rollouts=1", "2 <= gdro.min_rollouts .* or gdro.min_rollouts may be 0, got 2 <= 1 <= 4 <= 12"),
-        ("+gdro.min_rollouts=-1", "got 2 <= -1 <= 4 <= 12"),
-        ("+gdro.max_rollouts=3", "got 2 <= 2 <= 4 <= 3"),
-        ("actor_rollout_ref.rollout.n=1", "got 2 <= 2 <= 1 <= 12"),
+        ("+gdro.min_rollouts=1", "2 <= gdro.min_rollouts .* gdro.min_rollouts 0, got 1, 4 and 12"),
+        ("+gdro.min_rollouts=-1", "got -1, 4 and 12"),
+        ("+gdro.min_rollouts=5", "got 5, 4 and 12"),
+        ("+gdro.max_rollouts=3", "got 0, 4 and 3"),
+        ("actor_rollout_ref.rollout.n=1", "got 0, 1 and 12"),
+        ("+gdro.kappa=-1", "gdro: kappa must be .*, got -1"),
+        ("+gdro.verifier_error=0.5", r"gdro.verifier_error must lie in \[0, 0.49\], got 0.5"),
         ("+gdro.controler=grpo", "gdro.controler: Key 'controler'.*; the keys are controller, min_rollouts"),
         ("+gdro.max_rollouts=many", "gdro.max_rollouts: .*'many'.*the keys are"),
         ("+gdro.controller=published-prompt", "gdro.controller must be one of grpo, recommended"),
@@ -242,11 +246,48 @@ def test_settings_say_which_games_are_played(configure):
         controller = Settings.of(configure(f"+gdro.controller={name}")).build(4)
         return controller.prompt is not None, controller.rollout is not None
 
-    assert [games(f"recommended{game}") for game in ("", "-prompt", "-rollout")] == [
+    assert [games(name) for name in ("joint", "joint-prompt", "joint-rollout", "recommended", "grpo")] == [
         (True, True),
         (True, False),
         (False, True),
+        (True, True),
+        (False, False),
     ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "same"),
+    [
+        ((), GDROController.recommended(4)),
+        (("+gdro.min_rollouts=2", "+gdro.max_rollouts=9"), GDROController.recommended(4, 2, 9)),
+        (("+gdro.kappa=2", "+gdro.verifier_error=0.1"), GDROController.recommended(4, kappa=2.0, error=0.1)),
+        ((JOINT,), GDROController.joint_play(4)),
+        ((JOINT, "+gdro.min_rollouts=3"), GDROController.joint_play(4, 3)),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_settings_reach_the_controller(configure, overrides, same):
+    """No fewest rollouts are each controller's own: none for the recommended one, two in joint play."""
+    built = Settings.of(configure(*overrides)).build(4)
+    assert built.state_dict() == same.state_dict()
+
+
+def test_prompts_that_are_passed_over_are_not_sampled(fit, configure):
+    """The recommended controller in verl: the budget is spent, the plans are those of the library, kappa is fixed."""
+    trainer, log = fit(configure("trainer.total_training_steps=12", "+gdro.max_rollouts=8", "+gdro.seed=3"))
+    controller = GDROController.recommended(4, max_rollouts=8, seed=3)
+    passed = 0
+    for ids, owner, _, rewards, _, advantages in batches(trainer):
+        plan = controller.plan(ids)
+        assert np.bincount(owner, minlength=4).tolist() == plan.counts.tolist()
+        own = rollout_scale(plan.weights, plan.counts, owner, "rollout") * group_advantages(rewards, owner, scale=True)
+        np.testing.assert_allclose(advantages, own * np.sqrt(3 / 4), atol=1e-5)
+        passed += (plan.counts == 0).sum()
+        controller.observe(plan, rewards)
+    assert passed > 0
+    assert trainer.controller.state_dict() == controller.state_dict()
+    assert all(row["gdro/rollouts"] == 16 for row in log)
+    assert not any("gdro/kappa" in row for row in log)
 
 
 @pytest.mark.parametrize("name", sorted(core_algos.POLICY_LOSS_REGISTRY))

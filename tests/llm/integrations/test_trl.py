@@ -230,6 +230,8 @@ def check_ragged(ranks: list[dict], tokenizer) -> None:
         factor = plan.weights[plan.owner]
         unweighted = torch.cat([row["advantages"] for row in rows]).double().numpy() / factor
         for p, count in enumerate(plan.counts):
+            if not count:
+                continue
             group = rewards[plan.owner == p]
             ragged += count != 4 and np.ptp(group) > 0
             assert abs(unweighted[plan.owner == p].sum()) < 1e-5
@@ -269,6 +271,23 @@ def test_two_processes_without_a_game_are_grpotrainers(two):
 def test_ragged_groups_are_whole_and_paired(one, tiny_model):
     check_ragged([one], AutoTokenizer.from_pretrained(tiny_model))
     np.testing.assert_allclose(one["table"], one["batches"][-1]["advantages"], rtol=1e-6)  # what TRL's table shows
+
+
+def test_the_recommended_controller_passes_prompts_over(tiny_model, tmp_path):
+    """They have no rows, the budget is spent on the others, and kappa stays the number that it was made with."""
+    settings = {"max_steps": 12, "learning_rate": 1e-6}  # pass rates stay what they are
+    made, fresh = (GDROController.recommended(4, max_rollouts=9, kappa=0.8) for _ in range(2))
+    trainer = build(Ours, tiny_model, tmp_path, settings=settings, controller=made)
+    trainer.train()
+    check_ragged([result(trainer)], AutoTokenizer.from_pretrained(tiny_model))
+    plans = [plan for plan, _ in trainer.observed]
+    assert all(plan.counts.sum() == 16 for plan in plans)
+    assert any((plan.counts == 0).any() for plan in plans)
+    assert made.kappa is None
+    assert made.components.state_dict() == fresh.components.state_dict()
+    logged = [row for row in trainer.state.log_history if "gdro/reward" in row]
+    assert len(logged) == 12
+    assert not any("gdro/kappa" in row for row in logged)
 
 
 def test_two_processes_share_ragged_groups(two, tiny_model):

@@ -10,8 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config
 
 import gdro_llm.training.components as components
-from gdro_core import GDROController, Plan
-from gdro_llm.config import Config
+from gdro_core import GDROController, Plan, VarianceComponents
 from gdro_llm.engine.policy import Policy, load_policy
 from gdro_llm.engine.rollouts import Rollouts
 from gdro_llm.training import trainer
@@ -203,3 +202,23 @@ def test_a_run_lets_its_controller_observe_every_few_steps(run_config, tmp_path,
     train(run_config(measure_every=2), tmp_path / "uniform")
     assert len(seen) == 3
     assert all(row["measure_s"] >= 0 for row in literal.read_log(tmp_path / "uniform" / "timing.jsonl"))
+
+
+def test_a_run_learns_kappa_and_logs_it(run_config, tmp_path, monkeypatch):
+    """In time it is known, and then it decides; a run that does not measure never knows it."""
+    monkeypatch.setattr(VarianceComponents, "useful", True)  # tiny runs do not get there
+    train(run_config(measure_every=1, steps=10, eval_every=10, save_every=10), tmp_path / "with")
+    train(run_config(measure_every=0), tmp_path / "without")
+    rows, other = (literal.read_log(tmp_path / name / "metrics.jsonl") for name in ("with", "without"))
+    assert rows[0].keys() >= {"kappa", "cosine", "group_size"}
+    assert rows[-1]["kappa"] >= 0
+    assert rows[-1]["cosine"] is not None
+    assert {(row["kappa"], row["cosine"], row["group_size"]) for row in other} == {(None, None, None)}
+
+
+@pytest.mark.parametrize("controller", ["grpo", "joint", "joint-null", "implicit", "mopps", "published-prompt"])
+def test_controllers_without_components_are_not_measured(run_config, tmp_path, monkeypatch, controller):
+    """No gradient of half a group is taken for them, and there is no kappa in their logs."""
+    monkeypatch.setattr(components, "half_gradients", lambda *_: pytest.fail("measured"))
+    train(run_config(controller=controller, steps=1), tmp_path)
+    assert not {"kappa", "cosine", "group_size"} & literal.read_log(tmp_path / "metrics.jsonl")[0].keys()

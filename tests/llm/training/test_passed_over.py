@@ -1,4 +1,4 @@
-"""Prompts without rollouts (`min_rollouts` 0): in the plan, in no sample, no loss and no mean."""
+"""Prompts without rollouts (the recommended controller): in the plan, in no sample, no loss and no mean."""
 
 import math
 
@@ -53,7 +53,6 @@ def passing_over(monkeypatch):
     [
         {},
         {"aggregation": "prompt", "minibatches": 4, "kl_coef": 0.1, "passes": 2},
-        {"controller": "implicit"},
         {"controller": "null", "importance_cap": 2.0, "loss": "grpo"},
         {"refill": True},
         {"candidates": 2, "minibatches": 4},
@@ -78,10 +77,9 @@ def test_a_run_passes_prompts_over(run_config, tmp_path, passing_over, monkeypat
     for row, plan in zip(rows, passing_over, strict=True):
         assert all(math.isfinite(value) for value in row.values() if isinstance(value, float))
         drawn = float((plan.counts > 0).mean())
-        if settings.get("controller") != "implicit":  # which plays n_bar everywhere, with weights 0
-            assert row["passed_over_share"] == pytest.approx(1 - drawn)
+        assert row["passed_over_share"] == pytest.approx(1 - drawn)
         assert row["all_wrong_share"] + row["mixed_share"] + row["all_correct_share"] == pytest.approx(1)
-    if settings.get("controller") not in ("implicit", "null"):  # these change the plan once more
+    if settings.get("controller") != "null":  # which changes the plan once more
         assert [flags for flags in asked if not all(flags)] == [(plan.counts > 0).tolist() for plan in passing_over]
         assert len(tokenized) == sum((plan.counts > 0).sum() for plan in passing_over)
     assert len(literal.read_log(tmp_path / "samples.jsonl")) == 6

@@ -1,10 +1,12 @@
-"""Peers and control experiments: what they share with the recommended controllers, and what they take away."""
+"""Peers and control experiments: what they share with the real controllers, and what they take away."""
+
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 
-from gdro_core import HIT, MIXED, ChiSquare, CVaR, Entropic, GDROController, gradient_weight
-from gdro_llm.config import Config, UsageError
+from gdro_core import HIT, MIXED, ChiSquare, CVaR, Entropic, GDROController, gradient_weight, signal
+from gdro_llm.config import CONTROLLERS, Config, UsageError
 from gdro_llm.training.planners import build_controller
 from gdro_llm.training.step import flip_rewards
 
@@ -28,40 +30,43 @@ def build(name: str, **settings) -> GDROController:
 
 
 def twin(name: str, **settings) -> tuple[GDROController, GDROController]:
-    """The recommended controller and another one, in the same state."""
-    recommended = "recommended-rollout" if name.endswith("rollout") else "recommended"
-    real, other = trained(build(recommended), build(name, **settings))
+    """A real controller and the one that takes something away from it, in the same state."""
+    of = {"null": "recommended", "implicit-rollout": "joint-rollout"}.get(name, "joint")
+    real, other = trained(build(of), build(name, **settings))
     return real, other
 
 
-def test_the_null_gives_the_same_pairs_to_random_prompts():
+@pytest.mark.parametrize(("name", "followed", "most"), [("joint-null", P, -0.5), ("null", abs(P - 0.5), -0.25)])
+def test_the_null_gives_the_same_pairs_to_random_prompts(name, followed, most):
     """The same (weight, count) pairs and total, permuted anew in every step: they do not depend on difficulty."""
-    real, null = twin("null")
+    real, null = twin(name)
     rng, informed, permuted, orders = np.random.default_rng(1), [], [], set()
     for _ in range(60):
         plan, null_plan = real.plan(IDS), null.plan(IDS)
         assert (null_plan.ids, null_plan.price, null_plan.step) == (plan.ids, plan.price, plan.step)
         pairs, got = (sorted(zip(x.weights, x.counts, strict=True)) for x in (plan, null_plan))
         assert got == pairs
-        assert null_plan.counts @ null_plan.weights == pytest.approx(len(plan.owner))
+        assert null_plan.counts.sum() == 4 * len(IDS)
+        assert name == "null" or null_plan.counts @ null_plan.weights == pytest.approx(len(plan.owner))
         for x, correlations in ((plan, informed), (null_plan, permuted)):
-            correlations.append((np.corrcoef(x.counts, P)[0, 1], np.corrcoef(x.weights, P)[0, 1]))
+            correlations.append((np.corrcoef(x.counts, followed)[0, 1], np.corrcoef(x.weights, P)[0, 1]))
         orders.add(null_plan.counts.tobytes())
         rewards = rng.random(len(plan.owner)) < P[plan.owner]
         for controller in (real, null):  # of the real plan: their states stay the same
             controller.observe(plan, rewards)
-    assert (np.mean(informed, axis=0) < -0.5).all(), (
+    assert (np.mean(informed, axis=0) < most).all(), (
         "the real plan must follow difficulty for this test to mean anything"
     )
     assert (abs(np.mean(permuted, axis=0)) < 4 / np.sqrt(60 * len(IDS))).all()
     assert len(orders) > 50
 
 
-def test_the_same_step_is_permuted_the_same_way():
+@pytest.mark.parametrize("name", ["joint-null", "null"])
+def test_the_same_step_is_permuted_the_same_way(name):
     """Planning draws from (seed, step) only."""
-    (null,) = trained(build("null"))
+    (null,) = trained(build(name))
     assert null.plan(IDS).counts.tolist() == null.plan(IDS).counts.tolist()
-    (other,) = trained(build("null", seed=1))
+    (other,) = trained(build(name, seed=1))
     assert null.plan(IDS).counts.tolist() != other.plan(IDS).counts.tolist()
 
 
@@ -86,7 +91,7 @@ def test_rollouts_as_weights(name, aggregation):
 def test_mopps_takes_the_quarter_of_the_candidates_whose_draws_are_nearest_to_one_half():
     """By a loop over the candidates; in their order, with n_bar rollouts and weight 1 each."""
     (mopps,) = trained(build("mopps"), steps=2)
-    chosen = mopps.plan(IDS)
+    chosen = mopps.plan(IDS, budget=64)
     a, b = mopps.classifier.posterior(IDS)
     draws = np.random.default_rng([0, chosen.step, 1]).beta(a, b)
     kept = [i for i in range(64) if sum(abs(x - 0.5) < abs(draws[i] - 0.5) for x in draws) < 16]
@@ -101,7 +106,7 @@ def test_mopps_learns_which_prompts_are_of_middling_difficulty():
     distance = []
     mopps, rng = build("mopps"), np.random.default_rng(0)
     for _ in range(60):
-        plan = mopps.plan(IDS)
+        plan = mopps.plan(IDS, budget=64)
         p = np.array([P[IDS.index(name)] for name in plan.ids])
         distance.append(abs(p - 0.5).mean())
         mopps.observe(plan, rng.random(len(plan.owner)) < np.repeat(p, 4))
@@ -116,10 +121,17 @@ def test_mopps_learns_which_prompts_are_of_middling_difficulty():
         ("recommended", {"adversary": "cvar"}, "prompt", "adversary", CVaR(0.5)),
         ("recommended", {"adversary": "cvar", "cvar_alpha": 0.1}, "prompt", "adversary", CVaR(0.1)),
         ("null", {"adversary": "chi-square", "chi_square_rho": 2.0}, "prompt", "adversary", ChiSquare(2.0)),
-        ("recommended-prompt", {"adversary_step": 1.0}, "prompt", "adversary", Entropic(1.0)),
+        ("recommended", {"adversary_step": 1.0}, "prompt", "adversary", Entropic(1.0)),
+        ("joint-prompt", {"adversary_step": 1.0}, "prompt", "adversary", Entropic(1.0)),
         ("null", {"adversary": "chi-square"}, "prompt", "adversary", ChiSquare(0.5)),
         ("implicit-rollout", {"utility": "mixed"}, "rollout", "utility", MIXED),
-        ("recommended-rollout", {"utility": "hit"}, "rollout", "utility", HIT),
+        ("joint-rollout", {"utility": "hit"}, "rollout", "utility", HIT),
+        ("recommended", {"kappa": 2.0}, "rollout", "utility", signal(2.0)),
+        ("recommended", {"verifier_error": 0.1}, "rollout", "utility", signal(0.5, 0.1)),
+        ("null", {"kappa": 0.0, "verifier_error": 0.2}, "rollout", "utility", signal(0.0, 0.2)),
+        ("recommended", {"min_rollouts": 2}, "rollout", "min_rollouts", 2),
+        ("joint", {"min_rollouts": 3}, "rollout", "min_rollouts", 3),
+        ("recommended", {"max_rollouts": 20}, "rollout", "max_rollouts", 20),
     ],
 )
 def test_settings_reach_the_games(name, setting, part, attribute, value):
@@ -128,10 +140,40 @@ def test_settings_reach_the_games(name, setting, part, attribute, value):
     assert getattr(getattr(build(name), part), attribute) != value
 
 
+@pytest.mark.parametrize(
+    ("names", "step", "fewest"),
+    [
+        (("recommended", "null"), 0.5, 0),
+        (("joint", "joint-prompt", "joint-rollout", "joint-null", "implicit", "implicit-rollout"), 2.0, 2),
+    ],
+)
+def test_zero_means_the_controllers_own_default(names, step, fewest):
+    """The step of the adversary and the fewest rollouts, which joint play cannot have at 0."""
+    for controller in map(build, names):
+        assert controller.prompt is None or controller.prompt.adversary == Entropic(step)
+        assert controller.rollout is None or controller.rollout.min_rollouts == fewest
+    for name in names:  # so that they are no other configuration
+        given = {"min_rollouts": fewest} | ({"adversary_step": step} if not name.endswith("rollout") else {})
+        one, other = Config(controller=name), Config(controller=name, **given)
+        assert one.conflicts(asdict(other)) == other.conflicts(asdict(one)) == {}
+    for game in ("prompt", "rollout"):
+        published = build(f"published-{game}", aggregation="prompt")
+        assert published.rollout is None or published.rollout.min_rollouts == 2
+
+
+def test_only_the_recommended_controller_and_its_null_learn_kappa():
+    with_components = {name for name in CONTROLLERS if _has_components(name)}
+    assert with_components == {"recommended", "null"}
+
+
+def _has_components(name: str) -> bool:
+    return getattr(build(name, aggregation="prompt"), "components", None) is not None
+
+
 def test_a_weaker_adversary_spreads_weights_less():
-    """adversary_step 0 is no adversary, and the spread of the weights grows with it."""
-    spread = [np.ptp(trained(build("recommended", adversary_step=x))[0].plan(IDS).weights) for x in (0.0, 1.0, 2.0)]
-    assert spread[0] == pytest.approx(0.0, abs=1e-12)
+    """The spread of the weights grows from nothing with adversary_step."""
+    spread = [np.ptp(trained(build("joint", adversary_step=x))[0].plan(IDS).weights) for x in (1e-12, 1.0, 2.0)]
+    assert spread[0] == pytest.approx(0.0, abs=1e-10)
     assert 0.1 < spread[1] < spread[2]
 
 
@@ -141,8 +183,23 @@ def test_a_weaker_adversary_spreads_weights_less():
         ({"controller": "grpo", "adversary": "cvar"}, "adversary changes nothing with controller 'grpo'"),
         ({"controller": "mopps", "adversary_step": 1.0}, "adversary_step changes nothing with controller 'mopps'"),
         ({"controller": "published-prompt", "utility": "hit"}, "utility changes nothing with .*'published-prompt'"),
-        ({"controller": "recommended-prompt", "utility": "hit"}, "utility changes nothing with .*'recommended-prompt'"),
-        ({"controller": "recommended-rollout", "adversary": "cvar"}, "adversary changes nothing"),
+        ({"controller": "joint-prompt", "utility": "hit"}, "utility changes nothing with .*'joint-prompt'"),
+        ({"controller": "recommended", "utility": "hit"}, "utility changes nothing with controller 'recommended'"),
+        ({"controller": "null", "utility": "mixed"}, "utility changes nothing with controller 'null'"),
+        ({"controller": "joint-rollout", "adversary": "cvar"}, "adversary changes nothing"),
+        ({"controller": "joint", "kappa": 1.0}, "kappa changes nothing with controller 'joint'"),
+        ({"controller": "joint-null", "verifier_error": 0.1}, "verifier_error changes nothing with .*'joint-null'"),
+        ({"controller": "implicit", "measure_every": 0}, "measure_every changes nothing with controller 'implicit'"),
+        ({"controller": "grpo", "candidates": 2}, "candidates changes nothing with controller 'grpo'"),
+        ({"controller": "mopps", "candidates": 2}, "candidates changes nothing with controller 'mopps'"),
+        ({"controller": "published-prompt", "kappa": 1.0}, "kappa changes nothing with .*'published-prompt'"),
+        ({"controller": "grpo", "utility": "hit", "kappa": 1.0, "candidates": 2}, "^candidates changes nothing"),
+        ({"candidates": 2, "min_rollouts": 2}, "candidates above 1 need min_rollouts 0, .* got 2 with min_rollouts 2"),
+        ({"candidates": 0}, "candidates must be at least 1, got 0"),
+        ({"kappa": -0.1}, "kappa must be at least 0.0, got -0.1"),
+        ({"verifier_error": 0.495}, r"verifier_error must lie in \[0, 0.49\], got 0.495"),
+        ({"measure_every": -1}, "measure_every must be at least 0, got -1"),
+        ({"aggregation": "prompt", "preserve_objective": True}, "preserve_objective must be off .*'recommended'"),
         ({"controller": "implicit-rollout", "adversary_step": 1.0}, "adversary_step changes nothing"),
         ({"adversary": "cvar", "adversary_step": 1.0}, "adversary_step changes nothing with adversary 'cvar'"),
         ({"adversary": "hedge"}, "adversary must be one of"),
@@ -159,7 +216,7 @@ def test_a_weaker_adversary_spreads_weights_less():
         ({"reward_noise": -0.1}, r"reward_noise must lie in \[0, 0.5\]"),
         ({"validation_problems": -1}, "validation_problems must be at least 0"),
         (
-            {"min_rollouts": 1, "aggregation": "prompt", "preserve_objective": True},
+            {"controller": "joint", "min_rollouts": 1, "aggregation": "prompt", "preserve_objective": True},
             "min_rollouts with preserve_objective",
         ),
     ],

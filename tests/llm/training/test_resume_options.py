@@ -13,6 +13,7 @@ from test_run_directory import assert_same_run, die_at, fork_and_die
 import gdro_llm.training.trainer as trainer
 from gdro_llm.cli import main
 from gdro_llm.config import UsageError
+from gdro_llm.measuring.run_directory import RunDirectory
 from gdro_llm.training.trainer import train
 
 CASES = {
@@ -29,7 +30,13 @@ CASES = {
         "max_new_tokens": 4,
     },
     "punished": {"loss": "dr_grpo", "overlong": "punish", "overlong_buffer": 2, "max_new_tokens": 3},
-    "preserved": {"loss": "cispo", "aggregation": "prompt", "preserve_objective": True, "minibatches": 4},
+    "preserved": {
+        "controller": "joint",
+        "loss": "cispo",
+        "aggregation": "prompt",
+        "preserve_objective": True,
+        "minibatches": 4,
+    },
 }
 FAST = ("reference", "adapters", "bfloat16-adapters")
 
@@ -68,6 +75,29 @@ def test_a_run_of_a_version_without_some_keys_goes_on_and_is_evaluated(run_confi
         UsageError, match=r"another configuration \(adversary 'entropic' -> 'cvar', cvar_alpha 0.5 -> 0.3"
     ):
         train(replace(config, adversary="cvar", cvar_alpha=0.3), run, resume=True)
+    assert main(["eval", str(run), "--data", config.test_data, "--out", str(tmp_path / "eval")]) == 0
+    capsys.readouterr()
+    train(config, run, resume=True)
+    assert_same_run(run, tmp_path / "whole")
+    assert (run / "config.json").read_text(encoding="utf-8") == config.to_json()
+
+
+def test_a_run_of_a_version_in_which_recommended_was_joint_play_goes_on(run_config, tmp_path, capsys):
+    """As `joint`, to the bit; as today's recommended controller it is refused, and both are named."""
+    config = run_config(controller="joint", steps=4, eval_every=4)
+    train(config, tmp_path / "whole")
+    run = tmp_path / "run"
+    assert fork_and_die(config, run, lambda: die_at(trainer, "append", 7)) == signal.SIGKILL
+    settings = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    settings |= {"controller": "recommended", "min_rollouts": 2, "adversary_step": 2.0}
+    for key in ("candidates", "kappa", "measure_every", "verifier_error"):
+        del settings[key]
+    (run / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    assert RunDirectory(run, killed=True).config["controller"] == "joint"
+    with pytest.raises(
+        UsageError, match=r"another configuration \(controller 'joint' -> 'recommended', min_rollouts 2 -> 0"
+    ):
+        train(run_config(steps=4, eval_every=4), run, resume=True)
     assert main(["eval", str(run), "--data", config.test_data, "--out", str(tmp_path / "eval")]) == 0
     capsys.readouterr()
     train(config, run, resume=True)
