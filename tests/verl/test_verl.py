@@ -214,7 +214,7 @@ def test_reward_of_a_rollout_with_several_outputs_is_its_last():
         ("+gdro.min_rollouts=5", "got 5, 4 and 12"),
         ("+gdro.max_rollouts=3", "got 0, 4 and 3"),
         ("actor_rollout_ref.rollout.n=1", "got 0, 1 and 12"),
-        ("+gdro.kappa=-1", "gdro: kappa must be .*, got -1"),
+        ("+gdro.kappa=-1", "gdro: kappa must lie in .*, got -1"),
         ("+gdro.verifier_error=0.5", r"gdro.verifier_error must lie in \[0, 0.49\], got 0.5"),
         ("+gdro.controler=grpo", "gdro.controler: Key 'controler'.*; the keys are controller, min_rollouts"),
         ("+gdro.max_rollouts=many", "gdro.max_rollouts: .*'many'.*the keys are"),

@@ -84,7 +84,7 @@ def test_every_method_is_a_valid_configuration_and_every_controller_a_method():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("ppo", "no method 'ppo': choose among joint, "),
+        ("ppo", "no method 'ppo': choose among prompt, rollout, .*recommended, joint, "),
         ("", "no method ''"),
         ("grpo+", "'' must be SETTING=VALUE"),
         ("grpo+learning_rate", "'learning_rate' must be SETTING=VALUE; `gdro train --help` lists them"),
