@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Mi
 
 import gdro_llm.training.components as components
 from gdro_core import GDROController, Plan, VarianceComponents
+from gdro_llm.config import Config
 from gdro_llm.engine.policy import Policy, load_policy
 from gdro_llm.engine.rollouts import Rollouts
 from gdro_llm.training import trainer
