@@ -200,7 +200,7 @@ def test_a_run_lets_its_controller_observe_every_few_steps(run_config, tmp_path,
     assert np.sum(state["controller"]["components"]["pairs"]) > 0
     train(run_config(measure_every=0), tmp_path / "off")
     monkeypatch.setattr(trainer, "build_controller", lambda config: GDROController.uniform(config.mean_rollouts))
-    train(run_config(measure_every=2), tmp_path / "uniform")
+    train(run_config(measure_every=2, candidates=1), tmp_path / "uniform")
     assert len(seen) == 3
     assert all(row["measure_s"] >= 0 for row in literal.read_log(tmp_path / "uniform" / "timing.jsonl"))
 

@@ -55,7 +55,7 @@ def passing_over(monkeypatch):
         {"aggregation": "prompt", "minibatches": 4, "kl_coef": 0.1, "passes": 2},
         {"controller": "null", "importance_cap": 2.0, "loss": "grpo"},
         {"refill": True},
-        {"candidates": 2, "minibatches": 4},
+        {"candidates": 3, "minibatches": 4},
     ],
     ids=lambda settings: "-".join(settings) or "plain",
 )
@@ -163,7 +163,7 @@ class Second(Workers):
 
 def test_a_process_without_rows_goes_through_a_step(run_config, tiny, monkeypatch):
     """Its partner has all rollouts: it samples, grades and batches nothing, and observes all the same."""
-    config = run_config(**PASSING, batch_size=2, max_rollouts=8)
+    config = run_config(**PASSING, batch_size=2, candidates=1, max_rollouts=8)
     problems, _ = load_problems(config)
     controller = build_controller(config)
     plan = controller.plan
