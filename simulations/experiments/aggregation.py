@@ -16,7 +16,7 @@ from simulations.harness import Row, Verdict
 from simulations.population import SkillPopulation, train
 
 CLAIM = (
-    "The recommended joint controller ends with a higher held-out pass@8 where a prompt counts by its rollouts (mean "
+    "Joint play ends with a higher held-out pass@8 where a prompt counts by its rollouts (mean "
     "over rollouts) than where they are averaged first (mean over prompts), with plain and with normalised steps"
 )
 SOURCE = "F6, Eq. 7"

@@ -13,7 +13,7 @@ from simulations.harness import Row, Verdict
 from simulations.population import SkillPopulation, train
 
 CLAIM = (
-    "At equal total rollouts the recommended joint controller ends with a higher held-out pass@8 than uniform, "
+    "At equal total rollouts joint play ends with a higher held-out pass@8 than uniform, "
     "with plain and with normalised steps"
 )
 SOURCE = "§3.2, §3.3, F5, F6, F7"
@@ -48,9 +48,9 @@ CONTROLLERS: dict[str, Callable[[int], Planner]] = {
     "null: counts permuted": _permuted,
     "published prompt": lambda seed: PublishedController(BUDGET, seed=seed),
     "published rollout": lambda seed: PublishedController(BUDGET, prompt=False, rollout=True, seed=seed),
-    "recommended prompt": lambda seed: GDROController.joint_play(BUDGET, rollout=False, seed=seed),
-    "recommended rollout": lambda seed: GDROController.joint_play(BUDGET, prompt=False, seed=seed),
-    "recommended joint": lambda seed: GDROController.joint_play(BUDGET, seed=seed),
+    "prompt game alone": lambda seed: GDROController.joint_play(BUDGET, rollout=False, seed=seed),
+    "rollout game alone": lambda seed: GDROController.joint_play(BUDGET, prompt=False, seed=seed),
+    "joint play": lambda seed: GDROController.joint_play(BUDGET, seed=seed),
     "joint, objective preserved": _preserving,
 }
 
@@ -62,7 +62,7 @@ def simulate(seeds: np.ndarray, quick: bool) -> list[Row]:
     for seed in seeds.tolist():
         for transfer, normalised in ((t, n) for t in TRANSFERS for n in (False, True)):
             for name, controller in CONTROLLERS.items():
-                if transfer != TRANSFERS[0] and name not in ("uniform", "recommended joint"):
+                if transfer != TRANSFERS[0] and name not in ("uniform", "joint play"):
                     continue
                 rate = 0.0108 * 500 / steps
                 population = SkillPopulation(
@@ -90,12 +90,12 @@ def judge(rows: list[Row]) -> Verdict:
         raise ValueError(f"runs must spend the same, got {sorted({row['rollouts'] for row in rows})} rollouts")
     holds, findings = True, []
     for steps in ("plain", "normalised"):
-        for controller in ("recommended joint", "recommended prompt", "recommended rollout"):
+        for controller in ("joint play", "prompt game alone", "rollout game alone"):
             mean, low, high = mean_interval(_gain(rows, steps, controller, "pass_at_8"))
             findings.append(f"{controller} {mean:+.4f} [{low:+.4f}, {high:+.4f}] with {steps} steps")
-            holds &= low > 0 or controller != "recommended joint"
+            holds &= low > 0 or controller != "joint play"
         for transfer in TRANSFERS[1:]:
-            mean, low, high = mean_interval(_gain(rows, steps, "recommended joint", "pass_at_8", transfer))
+            mean, low, high = mean_interval(_gain(rows, steps, "joint play", "pass_at_8", transfer))
             findings.append(f"joint {mean:+.4f} [{low:+.4f}, {high:+.4f}] with {steps} steps at transfer {transfer:g}")
     return Verdict(holds, "pass@8 minus uniform's: " + "; ".join(findings))
 
@@ -104,7 +104,7 @@ def draw(rows: list[Row]) -> Figure:
     """Δ: paired difference to uniform, with its 95 % interval."""
     figure = Figure(figsize=(7.6, 3.6))
     others = [(name, TRANSFERS[0]) for name in CONTROLLERS if name != "uniform"]
-    others = [*others, *(("recommended joint", transfer) for transfer in TRANSFERS[1:])][::-1]
+    others = [*others, *(("joint play", transfer) for transfer in TRANSFERS[1:])][::-1]
     labels = [name if transfer == TRANSFERS[0] else f"{name}, transfer {transfer:g}" for name, transfer in others]
     for axis, (measure, label) in zip(figure.subplots(1, 3, sharey=True), MEASURES.items(), strict=True):
         for shift, steps in ((0.12, "plain"), (-0.12, "normalised")):

@@ -221,17 +221,29 @@ def _points(rows: list[Row], population: str, rule: str, measure: str) -> str:
 
 
 def judge(rows: list[Row]) -> Verdict:
-    """Interval of pass@8 above 0 and mean of mean@8 above -.2, on every reported population."""
+    """Interval of pass@8 above 0 and mean of mean@8 above -.2, on every reported population; who does better where.
+
+    `best peer` is the rule with the best pass@8 on the population itself, in hindsight.
+    """
     holds, text = True, []
+    ours = [rule for rule in RULES if rule.startswith("recommended")]
     for population in REPORT:
-        solved = mean_interval(gain(rows, "report", population, "recommended", "pass_at_8"))
-        mean = mean_interval(gain(rows, "report", population, "recommended", "mean_at_8"))
+        solved, mean = (mean_interval(gain(rows, "report", population, "recommended", m)) for m in MEASURES)
         good = solved[1] > 0 and mean[0] >= -0.2
         holds &= bool(good)
-        best = gain(rows, "report", population, best_groups(rows, population, "pass_at_8"), "pass_at_8").mean()
+        told = [gain(rows, "report", population, "recommended, told κ", m).mean() for m in MEASURES]
+        sizes = best_groups(rows, population, "pass_at_8")
+        level = gain(rows, "report", population, sizes, "pass_at_8").mean()
+        peers = {
+            rule: [gain(rows, "report", population, rule, m).mean() for m in MEASURES]
+            for rule in RULES
+            if rule not in ("uniform", *GROUPS, *ours)
+        }
+        best = max(peers, key=lambda rule: float(peers[rule][0]))
         text.append(
             f"{population}: {with_interval(*solved, '+.2f')} pass@8, {with_interval(*mean, '+.2f')} mean@8"
-            f" (best group size {best:+.2f}){'' if good else ' FAILS'}"
+            f"{'' if good else ' FAILS'} (told κ {told[0]:+.2f}, {told[1]:+.2f}; best groups {level:+.2f}; "
+            f"best peer {best} {peers[best][0]:+.2f}, {peers[best][1]:+.2f})"
         )
     return Verdict(holds, "; ".join(text))
 
@@ -240,7 +252,7 @@ def draw(rows: list[Row]) -> Figure:
     """Paired differences from uniform with 95 % intervals, on the reported populations."""
     figure = Figure(figsize=(13.0, 7.5))
     axes = figure.subplots(1, len(MEASURES), sharey=True)
-    shown = ["recommended", "recommended, dealt at random", "groups of 12", "groups of 2", "MoPPS"]
+    shown = ["recommended", "recommended, dealt at random", "groups of 12", "joint", "MoPPS"]
     for axis, (measure, label) in zip(axes, MEASURES.items(), strict=True):
         for k, rule in enumerate(shown):
             dots = np.array([mean_interval(gain(rows, "report", name, rule, measure)) for name in REPORT])

@@ -6,13 +6,15 @@ can be scored at visit t without bias: an accuracy by its error, and an allocati
     P(group of n is mixed):  1 - (C(c, n) + C(8 - c, n)) / C(8, n);   P(any right):  1 - C(8 - c, n) / C(8, n);
     p (1 - p) / n:  c (8 - c) / (56 n)
 
-How training would have gone on with other rollouts is not in the data.
+A controller plays from visit to visit, in batches: it observes as many of a visit's 8 rollouts as it plans, drawn at
+random, and its plan is scored at that visit. How training would have gone on with other rollouts is not in the data.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,20 +24,34 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.special import comb
 
-from gdro_core import HIT, MIXED, VARIANCE, AnyOfN, OnlineDifficultyClassifier, PassAtK, RolloutGDRO, Utility
+from gdro_core import (
+    HIT,
+    MIXED,
+    VARIANCE,
+    AnyOfN,
+    GDROController,
+    Observation,
+    OnlineDifficultyClassifier,
+    PassAtK,
+    RolloutGDRO,
+    Utility,
+)
 from gdro_llm.intervals import mean_interval
 from simulations.harness import Row, Verdict
 
 CLAIM = (
-    "On a real run the recommended classifier predicts the next visit better than the published one, "
-    "and its posterior finds more mixed groups than uniform allocation at the same budget"
+    "On a real run the recommended classifier predicts the next visit better than the published one, its posterior "
+    "finds more mixed groups than uniform allocation at the same budget, and so does what the recommended controller "
+    "plays, with less loss weight on prompts that are never solved"
 )
 SOURCE = "§3.1, F2, F10; traces"
 COLUMNS = {
     "seed": "random half of the prompts that is scored; bin means come from the other half",
-    "rule": "classifier or allocator",
+    "rule": "classifier, allocator, or controller that plays",
     "measure": "mse, log_loss [nats / rollout] of the next accuracy; flips: share of prompts that change bin a visit; "
-    "mixed, hit: share of groups that would be mixed / have a right answer; variance: mean p (1 - p) / n",
+    "mixed, hit: share of groups that would be mixed / have a right answer; variance: mean p (1 - p) / n; of "
+    "controllers mixed_groups: share of the groups drawn; mixed_prompts: of the prompts; unsolved_weight: share of the "
+    "loss weight n w on prompts with 0 of 8 right",
     "value": "mean over prompts and visits",
 }
 SEEDS, BLOCK = 60, 60
@@ -55,6 +71,13 @@ CLASSIFIERS: dict[str, dict[str, Any]] = {
     "published: any of 8": {"statistic": AnyOfN(100), "hysteresis": 0.03},
 }
 ALLOCATORS = {"uniform": VARIANCE, "null": VARIANCE, "Neyman": VARIANCE, "mixed": MIXED, "hit": HIT}
+
+BATCH = 100
+PLAYERS: dict[str, Callable[[int], GDROController]] = {
+    "uniform plays": lambda seed: GDROController.uniform(BUDGET, seed=seed),
+    "joint plays": lambda seed: GDROController.joint_play(BUDGET, LEAST, MOST, seed=seed),
+    "recommended plays": lambda seed: GDROController.recommended(BUDGET, max_rollouts=MOST, seed=seed),
+}
 
 
 @cache
@@ -79,6 +102,10 @@ def simulate(seeds: np.ndarray, quick: bool) -> list[Row]:
         for measure, value in measures.items():
             scores.setdefault((int(seed), rule, measure), []).append(float(value))
 
+    for seed, scored in zip(seeds, splits, strict=True):
+        for name, build in PLAYERS.items():
+            for measures in _played(build(int(seed)), right[scored], np.random.default_rng(seed)):
+                note(seed, name, **measures)
     for rule, options in CLASSIFIERS.items():
         classifier = OnlineDifficultyClassifier(**options)
         before = np.full(ids.size, -1)
@@ -98,6 +125,27 @@ def simulate(seeds: np.ndarray, quick: bool) -> list[Row]:
         {"seed": seed, "rule": rule, "measure": measure, "value": float(np.mean(values))}
         for (seed, rule, measure), values in scores.items()
     ]
+
+
+def _played(
+    controller: GDROController, right: NDArray[np.int64], rng: np.random.Generator
+) -> Iterator[dict[str, float]]:
+    """Measures of every plan from visit FIRST on, over one epoch of batches a visit."""
+    for t in range(right.shape[1]):
+        order = rng.permutation(right.shape[0])
+        for rows in np.array_split(order, max(1, order.size // BATCH)):
+            hits = right[rows, t]
+            plan = controller.plan(rows.tolist())
+            n, weight = plan.counts, plan.counts * plan.weights
+            if t >= FIRST:
+                mixed = 1.0 - (comb(hits, n) + comb(GROUP - hits, n)) / comb(GROUP, n)
+                mixed = np.where(n > 0, mixed, 0.0)
+                yield {
+                    "mixed_groups": float(mixed.sum() / (n > 0).sum()),
+                    "mixed_prompts": float(mixed.mean()),
+                    "unsolved_weight": float(weight[hits == 0].sum() / weight.sum()),
+                }
+            controller.observe(plan, Observation(plan, rng.hypergeometric(hits, GROUP - hits, n).astype(float), n))
 
 
 def _prediction(bins: NDArray[np.int64], right: NDArray[np.int64], scored: NDArray[np.bool_]) -> dict[str, float]:
@@ -148,13 +196,24 @@ def judge(rows: list[Row]) -> Verdict:
         name: mean_interval(_values(rows, "mixed", "mixed") - _values(rows, name, "mixed"))
         for name in ("uniform", "null")
     }
+    play = {
+        measure: mean_interval(_values(rows, "recommended plays", measure) - _values(rows, "uniform plays", measure))
+        for measure in ("mixed_groups", "mixed_prompts", "unsolved_weight")
+    }
     holds = loss[2] < 0 and error[2] < 0 and all(low > 0 for _, low, _ in gain.values())
+    holds &= play["mixed_groups"][1] > 0 and play["unsolved_weight"][2] < 0
+    shares = {name: ", ".join(f"{_values(rows, name, measure).mean():.3f}" for measure in play) for name in PLAYERS}
     best = min(CLASSIFIERS, key=lambda rule: _values(rows, rule, "log_loss").mean())
     findings = [
         f"log loss {loss[0]:+.4f} [{loss[1]:+.4f}, {loss[2]:+.4f}]",
         f"MSE {error[0]:+.5f} [{error[1]:+.5f}, {error[2]:+.5f}] against the published bins",
         *(f"mixed groups {g:+.3f} [{lo:+.3f}, {hi:+.3f}] over {name}" for name, (g, lo, hi) in gain.items()),
         f"least log loss: {best}",
+        *(
+            f"recommended plays {measure} {g:+.3f} [{lo:+.3f}, {hi:+.3f}] over uniform"
+            for measure, (g, lo, hi) in play.items()
+        ),
+        *(f"{name} {text} ({', '.join(play)})" for name, text in shares.items()),
     ]
     return Verdict(holds, "; ".join(findings) + " (intervals over random halves of one run)")
 

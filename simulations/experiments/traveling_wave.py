@@ -19,7 +19,7 @@ CLAIM = (
 SOURCE = "Eq. 32; Figures 3, 7, 9"
 COLUMNS = {
     "seed": "population and run, the same for all controllers",
-    "controller": "recommended joint, published prompt game or published rollout game",
+    "controller": "joint play, published prompt game or published rollout game",
     "step": "last step of a window of 10; the row is the mean over the window",
     "bin": "difficulty bin of the controller's own classifier, 0 the hardest; rows only for bins with prompts",
     "share": "of the prompts drawn and seen before",
@@ -31,7 +31,7 @@ COLUMNS = {
 SEEDS, BLOCK = 20, 5
 BUDGET, BINS, WINDOW = 4, 10, 10
 CONTROLLERS: dict[str, Callable[[int], Planner]] = {
-    "recommended joint": lambda seed: GDROController.joint_play(BUDGET, seed=seed),
+    "joint play": lambda seed: GDROController.joint_play(BUDGET, seed=seed),
     "published prompt": lambda seed: PublishedController(BUDGET, seed=seed),
     "published rollout": lambda seed: PublishedController(BUDGET, prompt=False, rollout=True, seed=seed),
 }
@@ -76,7 +76,7 @@ def _lead(rows: list[Row], controller: str, key: str) -> np.ndarray:
 
 def judge(rows: list[Row]) -> Verdict:
     """Intervals over seeds of the lead-lag in each third, and of its difference to the published prompt game's."""
-    ours, published = (_lead(rows, name, "lead_lag") for name in ("recommended joint", "published prompt"))
+    ours, published = (_lead(rows, name, "lead_lag") for name in ("joint play", "published prompt"))
     holds, findings = True, []
     thirds = zip(np.array_split(ours, 3, axis=1), np.array_split(published, 3, axis=1), strict=True)
     for third, (mine, theirs) in enumerate(thirds, start=1):
@@ -85,10 +85,10 @@ def judge(rows: list[Row]) -> Verdict:
         closer = mean_interval(np.abs(mine).mean(axis=1) - np.abs(theirs).mean(axis=1))
         holds &= high <= -0.5 and closer[1] > 0
         findings.append(
-            f"third {third}: recommended {mean:+.2f} [{low:+.2f}, {high:+.2f}], "
+            f"third {third}: joint play {mean:+.2f} [{low:+.2f}, {high:+.2f}], "
             f"published {other:+.2f} [{other_low:+.2f}, {other_high:+.2f}]"
         )
-    for name in ("recommended joint", "published rollout"):
+    for name in ("joint play", "published rollout"):
         mean, low, high = mean_interval(_lead(rows, name, "rollout_lead_lag").mean(axis=1))
         findings.append(f"rollouts of {name} {mean:+.2f} [{low:+.2f}, {high:+.2f}]")
     return Verdict(bool(holds), "lead-lag in bins: " + "; ".join(findings))

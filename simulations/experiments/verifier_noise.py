@@ -19,7 +19,7 @@ COLUMNS = {
     "seed": "population and run, the same for all controllers and errors",
     "error": "positives: wrong answers graded right; negatives: right answers graded wrong",
     "rate": "probability of the error; at 0 both kinds are the same run",
-    "controller": "uniform, or the recommended prompt or rollout game alone",
+    "controller": "uniform, or the prompt or the rollout game of joint play alone",
     "unsolvable_rollouts": "rollouts of prompts with true pass rate < .02 at the start, relative to the mean prompt's",
     "unsolvable_weight": "their weights, relative to the mean prompt's",
     "solved_rollouts": "rollouts of prompts with true pass rate > .95 at the start, relative to the mean prompt's",
