@@ -11,6 +11,7 @@ from bisect import bisect_right
 import numpy as np
 from numpy.typing import ArrayLike
 
+from gdro_core._counts import frontier_counts, greedy_counts
 from gdro_core._validate import Floats, Ints, floats, integer, number
 
 
@@ -147,19 +148,7 @@ def greedy_allocation(
     rounding = 1e-9 * max(1.0, float(np.abs(table).max()))
     if arms > 2 and (np.diff(gains, axis=1) > rounding).any():
         raise ValueError("utility must be concave along axis 1; use exact_budget_allocation for other utilities")
-    gains = np.minimum.accumulate(gains, axis=1)
-    extra = total - least
-    counts = np.full(prompts, low, dtype=np.int64)
-    if extra == 0:
-        return counts
-    flat = gains.ravel()
-    threshold = np.partition(flat, flat.size - extra)[flat.size - extra]  # the smallest gain that is still bought
-    counts += (gains > threshold).sum(axis=1)
-    ties = np.flatnonzero(flat == threshold)
-    if rng is not None:
-        rng.shuffle(ties)
-    np.add.at(counts, ties[: total - int(counts.sum())] // (arms - 1), 1)
-    return counts
+    return greedy_counts(gains, total, low, rng)
 
 
 def frontier_allocation(utility: ArrayLike, budget: int, *, rng: np.random.Generator | None = None) -> Ints:
@@ -205,67 +194,4 @@ def frontier_allocation(utility: ArrayLike, budget: int, *, rng: np.random.Gener
     gains, rounding = np.diff(table[:, 1:], axis=1), 1e-9 * max(1.0, float(np.abs(table).max()))
     if (gains < -rounding).any() or (np.diff(gains, axis=1) > rounding).any():
         raise ValueError("utility must be non-decreasing and concave along axis 1 from n = 1 on")
-    order = np.arange(prompts) if rng is None else rng.permutation(prompts)
-    rows = table[order]
-    plans = [_frontier_plan(rows, total)]
-    if 2 * prompts <= total:
-        plans.append(greedy_allocation(rows[:, 2:], total, min_rollouts=2))
-    counts = np.empty(prompts, dtype=np.int64)
-    counts[order] = max(plans, key=lambda plan: float(np.take_along_axis(rows, plan[:, None], 1).sum()))
-    return counts
-
-
-def _frontier_plan(table: Floats, budget: int) -> Ints:
-    """Greedy on the concave envelopes of (N, n_max + 1) rows, and the repair of the prompt left inside its line."""
-    prompts, most = table.shape[0], table.shape[1] - 1
-    n = np.arange(1, most + 1)
-    counts = np.zeros(prompts, dtype=np.int64)
-    if budget == 0:
-        return counts
-    rate = table[:, 2:] / n[1:]
-    size = rate.argmax(axis=1) + 2  # the envelope is linear from 0 to here
-    rate = rate.max(axis=1)
-    gains = np.minimum.accumulate(np.where(n <= size[:, None], rate[:, None], np.diff(table, axis=1)), axis=1)
-    threshold = np.partition(gains.ravel(), -budget)[-budget]  # the smallest gain that is still bought
-    counts += (gains > threshold).sum(axis=1)
-    tied = np.flatnonzero(rate == threshold)
-    whole = tied[np.cumsum(size[tied]) <= budget - counts.sum()]
-    counts[whole] = size[whole]
-    single = np.where(counts > 0, (gains == threshold).sum(axis=1) - np.where(rate == threshold, size, 0), 0)
-    more = np.repeat(np.arange(prompts), single)[: budget - int(counts.sum())]
-    np.add.at(counts, more, 1)
-    left = budget - int(counts.sum())
-    return counts if left == 0 else _settle(table, counts, left)
-
-
-def _settle(table: Floats, counts: Ints, left: int) -> Ints:
-    """Give `left` rollouts, too few for the line of the next prompt, to the best use; counts are 0 or at least 2."""
-    most = table.shape[1] - 1
-    n = np.arange(1, most + 1)
-    funded, free = np.flatnonzero(counts > 0), np.flatnonzero(counts == 0)
-    held = counts[funded]
-    # The `most` best gains of concave rows lie in the `most` rows whose next gain is best; losses likewise.
-    gain = np.where(held < most, table[funded, np.minimum(held + 1, most)] - table[funded, held], -np.inf)
-    loss = np.where(held > 2, table[funded, held] - table[funded, held - 1], np.inf)
-    takers, givers = (funded[np.argsort(key, kind="stable")[:most], None] for key in (-gain, loss))
-    up = np.where(n > counts[takers], np.diff(table[takers[:, 0]], axis=1), -np.inf).ravel()
-    down = np.where((n <= counts[givers]) & (n > 2), np.diff(table[givers[:, 0]], axis=1), np.inf).ravel()
-    rising, falling = np.argsort(-up, kind="stable")[:most], np.argsort(down, kind="stable")[:most]
-    # What the funded prompts gain by `left` - t rollouts more, at t = 0, 1, ... of an unfunded one
-    others = np.concatenate([np.cumsum(up[rising])[::-1], [0.0], -np.cumsum(down[falling])])
-    taken = np.arange(most + 1) - left
-    reach = (taken >= -rising.size) & (taken <= falling.size)
-    value = table[free].max(axis=0) + np.where(reach, np.take(others, rising.size + taken, mode="clip"), -np.inf)
-    value[1] = -np.inf  # a baseline and nothing to compare with it
-    best = int(value.argmax())
-    counts = counts.copy()
-    if value[best] == -np.inf:
-        counts[free[0]] = left
-        return counts
-    if taken[best] < 0:
-        np.add.at(counts, takers[rising[: -taken[best]] // most, 0], 1)
-    else:
-        np.subtract.at(counts, givers[falling[: taken[best]] // most, 0], 1)
-    if best:
-        counts[free[table[free, best].argmax()]] = best
-    return counts
+    return frontier_counts(table, total, rng)

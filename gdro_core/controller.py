@@ -170,6 +170,23 @@ def _means(bins: Ints, values: Floats | Ints, rows: NDArray[np.bool_], num_bins:
     return [float(t / n) if n else None for t, n in zip(total, size, strict=True)]
 
 
+def _batch_weights(utility: Utility, a: Floats, b: Floats, counts: Ints, omega: Floats) -> Floats:
+    """omega times the utility's shrinkage, with mean 1 over the rollouts that are expected to have a gradient."""
+    posterior, n = (a[:, None], b[:, None]), counts[:, None]
+    weights = omega * utility.shrinkage(*posterior, n)[:, 0]
+    rollouts = counts * utility.information(*posterior, n)[:, 0]
+    return np.asarray(weights / np.average(weights, weights=rollouts if rollouts.any() else None))
+
+
+def _even_odds(n: float) -> float:
+    """The p above 1/2 at which n rollouts are as likely as not to have one outcome only: p^n + (1 - p)^n = 1/2."""
+    low, high = 0.5, 1.0
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if middle**n + (1.0 - middle) ** n < 0.5 else (low, middle)
+    return low
+
+
 IDLE_DISCOUNT = 0.9  # of what is known about a prompt, each time that it is passed over
 FORGOTTEN = 0.5  # x n_bar rollouts: a prompt of which less is known counts as unseen, where prompts can be passed over
 COMPONENTS_DISCOUNT = 0.9  # of what is known about variance components, at each measurement
@@ -270,7 +287,8 @@ class GDROController:
         self.preserve_objective = bool(preserve_objective)
         self.seed = integer("seed", seed, 0)
         self._mean_rollouts = None if mean_rollouts is None else integer("mean_rollouts", mean_rollouts, 1)
-        self._step = 0
+        self._step, self._kappa = 0, self._learnt_kappa()
+        self._solved_from = _even_odds(max(2.0, self.mean_rollouts))
 
     @classmethod
     def uniform(cls, mean_rollouts: int, *, num_bins: int = 10, seed: int = 0) -> Self:
@@ -388,7 +406,7 @@ class GDROController:
             weights = weights / weights.mean()
             weights = weights * gradient_weight(rollout.mean_rollouts, p) / gradient_weight(counts, p)
         else:
-            weights = (VARIANCE if rollout is None else rollout.utility).batch_weights(a, b, counts, weights)
+            weights = _batch_weights(VARIANCE if rollout is None else rollout.utility, a, b, counts, weights)
         return Plan(tuple(names), bins, weights, counts, price, self._step)
 
     @property
@@ -398,6 +416,9 @@ class GDROController:
         Departs from theorem 16 by the cap: large kappa makes utilities flat in v, so that omega alone would choose, and
         prompts that are solved by luck or never would get most rollouts. Below it a wrong kappa costs little.
         """
+        return self._kappa
+
+    def _learnt_kappa(self) -> float | None:
         if self.components is None or not self.components.useful or self.components.kappa is None:
             return None
         return min(self.components.kappa, MOST_KAPPA)
@@ -455,6 +476,7 @@ class GDROController:
             raise ValueError("observe_gradients needs a controller with components, got one without")
         chosen = integers("rows", rows, (-1,), 0, len(plan.ids) - 1)
         self.components.observe(plan.bins[chosen], first, second, correct, trials)
+        self._kappa = self._learnt_kappa()
 
     def metrics(self, observation: Observation) -> dict[str, Any]:
         """What a step did: `Observation.by_bin`, and with a game `Observation.steering`.
@@ -467,11 +489,10 @@ class GDROController:
         """
         plan = observation.plan
         metrics = observation.by_bin(self.classifier.num_bins)
-        p, n = self.classifier.pass_rate(plan.ids), max(2.0, self.mean_rollouts)
+        p = self.classifier.pass_rate(plan.ids)
         known = (plan.bins >= 0) | (observation.trials > 0)
-        learnable = known & (p**n + (1.0 - p) ** n < 0.5)
-        solved = known & ~learnable & (p > 0.5)
-        kinds = {"learnable": learnable, "solved": solved, "unsolved": known & ~learnable & ~solved}
+        solved, unsolved = known & (p >= self._solved_from), known & (p <= 1.0 - self._solved_from)
+        kinds = {"learnable": known & ~solved & ~unsolved, "solved": solved, "unsolved": unsolved}
         metrics |= {f"{name}_share": float(rows.mean()) for name, rows in kinds.items()}
         if self.prompt is not None:
             metrics["bin_probability"] = self.prompt.probabilities.tolist()
@@ -501,7 +522,7 @@ class GDROController:
         check_state("GDROController", saved, self._settings(), ("step", *parts))
         step = integer("step", saved["step"], 0)
         load_parts("GDROController", parts, saved)
-        self._step = step
+        self._step, self._kappa = step, self._learnt_kappa()
 
     def _settings(self) -> dict[str, Any]:
         names = ("seed", "joint", "preserve_objective")

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from gdro_core._budget import checked_bounds, split_budget
+from gdro_core._counts import frontier_counts, greedy_counts
 from gdro_core._validate import Floats, Ints, floats, integers
-from gdro_core.allocation import frontier_allocation, greedy_allocation
 from gdro_core.theory.paths import exact_budget_allocation
 from gdro_core.utilities import VARIANCE, Utility
 
@@ -104,13 +104,15 @@ class RolloutGDRO:
                 allocation (0 if everybody is at n_max or unseen).
 
         Raises:
-            ValueError: n_bar N is no integer, a budget outside of the bounds, no choice per bin meets it, or no rng to
-                draw with.
+            ValueError: n_bar N is no integer, a budget outside of the bounds, no choice per bin meets it, a utility
+                that is not concave, or no rng to draw with.
         """
         if rng is None and self.permute:
             raise ValueError("rng must be given with permute, got None")
         group = integers("bins", bins, (-1,), -1, 2**31)
         alpha, beta = floats("a", a, group.shape, 0.0), floats("b", b, group.shape, 0.0)
+        if not (alpha.all() and beta.all()):
+            raise ValueError(f"{'b' if alpha.all() else 'a'} must be above 0, got 0.0")
         omega = np.ones(group.shape) if weights is None else floats("weights", weights, group.shape, 0.0)
         low = self.min_rollouts
         if budget is not None and not low * group.size <= budget <= self.mean_rollouts * group.size:
@@ -120,7 +122,8 @@ class RolloutGDRO:
         if seen.size == 0:
             return counts, 0.0
         scale = omega[seen] ** self.utility.weight_power
-        utility = self.utility.of(alpha[seen], beta[seen], self.arms) * scale[:, None]
+        table = self.utility.table(alpha[seen, None], beta[seen, None], self.arms)
+        utility = table * scale[:, None]
         if self.per_bin:
             present, member, size = np.unique(group[seen], return_inverse=True, return_counts=True)
             total_utility = np.zeros((present.size, self.arms.size))
@@ -128,10 +131,14 @@ class RolloutGDRO:
             of_bin = exact_budget_allocation(total_utility, size, rest, min_rollouts=low, rng=rng)
             counts[seen], price = of_bin[member], _gain_for_sale(total_utility / size[:, None], of_bin - low)
         else:
-            if low < self.utility.concave_from:
-                counts[seen] = frontier_allocation(utility, rest, rng=rng)
+            gains, fixed_cost = np.diff(utility, axis=1), low < self.utility.concave_from
+            tolerance = 1e-9 * max(1.0, float(np.abs(utility).max()))
+            if (np.diff(gains[:, 1:] if fixed_cost else gains, axis=1) > tolerance).any():
+                raise ValueError(f"utility must be concave from n = {max(low, 1)} on, got {self.utility.name!r}")
+            if fixed_cost:
+                counts[seen] = frontier_counts(utility, rest, rng)
             else:
-                counts[seen] = greedy_allocation(utility, rest, min_rollouts=low, rng=rng)
+                counts[seen] = greedy_counts(gains, rest, low, rng)
             price = _gain_for_sale(utility, counts[seen] - low)
         if self.permute and rng is not None:
             counts[seen] = rng.permutation(counts[seen])

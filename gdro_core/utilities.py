@@ -13,8 +13,9 @@ from functools import partial
 import numpy as np
 from numpy.typing import ArrayLike
 
+from gdro_core._counts import spread_ratio
 from gdro_core._validate import Floats, Ints, choice, floats, integers, number
-from gdro_core.theory.frontier import frontier_utility, frontier_weight, purity
+from gdro_core.theory.frontier import purity
 
 Table = Callable[[Floats, Floats, Ints], Floats]  # (N, 1) a, (N, 1) b, n of (A,) or (N, 1) -> (N, A) or (N, 1)
 
@@ -54,39 +55,13 @@ class Utility:
         Raises:
             ValueError: a bad argument.
         """
-        alpha, beta = _posterior(a, b)
-        return self.table(alpha, beta, integers("arms", arms, (-1,), self.fewest, 2**20))
-
-    def batch_weights(self, a: ArrayLike, b: ArrayLike, counts: ArrayLike, omega: ArrayLike) -> Floats:
-        """Weights of the prompts of a batch, with mean 1 over the rollouts that are expected to count.
-
-        Args:
-            a: (N,) > 0, posterior successes.
-            b: (N,) > 0, posterior failures.
-            counts: (N,) rollouts, integers >= 0.
-            omega: (N,) prompt weights > 0, whatever their scale.
-
-        Returns:
-            (N,) omega times `shrinkage`, scaled so that their average weighted by counts times `information` is 1.
-
-        Raises:
-            ValueError: a bad argument.
-        """
-        alpha, beta = _posterior(a, b)
-        n = integers("counts", counts, alpha.shape[:1], 0, 2**20)[:, None]
-        weights = floats("omega", omega, alpha.shape[:1], 0.0) * self.shrinkage(alpha, beta, n)[:, 0]
-        rollouts = n[:, 0] * self.information(alpha, beta, n)[:, 0]
-        return np.asarray(weights / np.average(weights, weights=rollouts if rollouts.any() else None))
-
-
-def _posterior(a: ArrayLike, b: ArrayLike) -> tuple[Floats, Floats]:
-    """(N, 1) each."""
-    alpha = floats("a", a, (-1,), 0.0)[:, None]
-    beta = floats("b", b, alpha.shape[:1], 0.0)[:, None]
-    for parameter, values in (("a", alpha), ("b", beta)):
-        if not values.all():
-            raise ValueError(f"{parameter} must be above 0, got 0.0")
-    return alpha, beta
+        alpha = floats("a", a, (-1,), 0.0)[:, None]
+        beta = floats("b", b, alpha.shape[:1], 0.0)[:, None]
+        n = integers("arms", arms, (-1,), self.fewest, 2**20)
+        for parameter, values in (("a", alpha), ("b", beta)):
+            if not values.all():
+                raise ValueError(f"{parameter} must be above 0, got 0.0")
+        return self.table(alpha, beta, n)
 
 
 def _minus_variance(a: Floats, b: Floats, n: Ints) -> Floats:
@@ -121,14 +96,16 @@ class _Signal:
     error: float
 
     def value(self, a: Floats, b: Floats, n: Ints) -> Floats:
-        """U(n), at omega = 1."""
+        """U(n), at omega = 1: `frontier_utility` without its checks."""
         pure, mean, v = self._moments(a, b)
-        return frontier_utility(n, pure * np.sqrt(mean / v), v, self.kappa * pure**2)
+        size = np.maximum(n, 1)
+        own = self.kappa * pure**2 * spread_ratio(size, v)
+        return np.asarray(pure**2 * mean * (size - 1) / (1.0 + own))
 
     def weight(self, a: Floats, b: Floats, n: Ints) -> Floats:
-        """The best weight, at omega = 1."""
+        """The best weight, at omega = 1: `frontier_weight` without its checks."""
         pure, _, v = self._moments(a, b)
-        return frontier_weight(n, pure, v, self.kappa * pure**2)
+        return np.asarray(pure / (1.0 + self.kappa * pure**2 * spread_ratio(np.maximum(n, 1), v)))
 
     def mixed(self, a: Floats, b: Floats, n: Ints) -> Floats:
         """E P(mixed) for (N, 1) counts n; 0 for fewer than two rollouts."""
@@ -141,7 +118,8 @@ class _Signal:
         """(N, 1) purity at the mean rate, E v, E v^2 / E v."""
         total = a + b
         second = (a + 1.0) * (b + 1.0) / ((total + 2.0) * (total + 3.0))
-        return purity(a / total, self.error), _variance(a, b), second
+        pure = purity(a / total, self.error) if self.error else np.ones(a.shape)
+        return pure, _variance(a, b), second
 
 
 def signal(kappa: float, error: float = 0.0) -> Utility:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
+from gdro_core._counts import spread_ratio
 from gdro_core._validate import Floats, check_entries, floats, number
 from gdro_core.grpo import gradient_variance, gradient_weight
 
@@ -235,5 +236,4 @@ def _prompts(n: ArrayLike, value: ArrayLike, variance: ArrayLike, kappa: ArrayLi
     check_entries("variance", v, 0.0, 0.25)
     check_entries("kappa", ratio, 0.0)
     size = np.maximum(size, 1.0)
-    own = v * (size - 1.0) + ((size - 1.0) * (1.0 - 4.0 * v) + 2.0 * v) / size
-    return pushed, np.asarray(v * (size - 1.0)), np.asarray(ratio * own)
+    return pushed, np.asarray(v * (size - 1.0)), np.asarray(ratio * spread_ratio(size, v))
