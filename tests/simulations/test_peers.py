@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from math import exp, gamma, log, sqrt
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from gdro_core import GDROController, Plan
 from simulations import peers
-from simulations.experiments import peers as experiment
+from simulations.experiments import frontier as experiment
 from simulations.peers import PEERS
 from simulations.population import SkillPopulation, train
 from simulations.race import Groups, own_stream, race
@@ -246,25 +247,27 @@ def test_further_rollouts_are_sorted_to_their_prompts():
     assert both.rewards.tolist() == [1, 1, 0, 0, 1, 1]
 
 
-def test_the_table_has_paired_intervals_and_counts_the_runs_that_never_arrive():
-    """By hand: constant differences have an interval of length 0; two of three runs arrive, so does the median."""
-    rows = []
-    for seed, (base, needed) in enumerate([(0.4, 80.0), (0.5, ""), (0.6, 60.0)]):
-        for method, shift, rollouts in (("uniform", 0.0, 100.0), ("other", 0.01, needed), ("lost", -0.02, "")):
-            row = {"seed": seed, "population": "plain", "method": method, "rollouts_to_uniform": rollouts}
-            rows.append(row | dict.fromkeys(experiment.SHARES, base + shift))
-    same = "50.00 | " * 4
-    other = "51.00 (+1.00 [+1.00, +1.00]) | " * 4
-    lost = "48.00 (-2.00 [-2.00, -2.00]) | " * 4
-    assert experiment.tabulate(rows).strip().splitlines()[-3:] == [
-        f"| uniform | {same}1.00 [1.00, 1.00] | 3 of 3 |",
-        f"| other | {other}0.80 [0.60, never] | 2 of 3 |",
-        f"| lost | {lost}never [never, never] | 0 of 3 |",
-    ]
+def test_the_verdict_needs_pass_at_8_above_and_mean_at_8_not_below_uniform_everywhere():
+    """By hand: constant differences; told kappa, the best size of the tuning part and the best peer stand beside."""
 
+    def rows(solved, mean):
+        table = []
+        for part, seed in product(("tuning", "report"), range(3)):
+            for population in experiment.REPORT:
+                for rule in experiment.RULES if part == "report" else ("uniform", *experiment.GROUPS):
+                    gain = {"uniform": (0, 0), "recommended": (solved, mean), "MoPPS": (3, 1), "groups of 8": (2, 2)}
+                    a, b = gain.get(rule, (-1, -1))
+                    base = 0.4 + 0.1 * seed
+                    labels = {"seed": seed, "part": part, "population": population, "rule": rule}
+                    table.append(labels | {"pass_at_8": base + a / 100, "mean_at_8": base + b / 100})
+        return table
 
-def test_the_first_crossing_is_interpolated():
-    """Half way between 10 and 20 rollouts; empty if never."""
-    spent, values = np.array([0.0, 10.0, 20.0]), np.array([0.1, 0.2, 0.4])
-    assert experiment._first_reach(spent, values, 0.3) == pytest.approx(15.0)
-    assert experiment._first_reach(spent, values, 0.5) == ""
+    good = experiment.judge(rows(1.0, -0.1))
+    assert good.holds
+    entry = "κ .5: +1.00 [+1.00, +1.00] pass@8, -0.10 [-0.10, -0.10] mean@8 (told κ -1.00, -1.00; best groups +2.00; "
+    assert entry + "best peer MoPPS +3.00, +1.00)" in good.text
+    for bad in (rows(0.0, 0.0), rows(1.0, -0.3)):
+        verdict = experiment.judge(bad)
+        assert not verdict.holds
+        assert verdict.text.count("FAILS") == len(experiment.REPORT)
+    assert "| +2.00 [+2.00, +2.00], groups of 8 |" in experiment.tabulate(rows(1.0, 0.0))
