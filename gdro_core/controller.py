@@ -327,7 +327,14 @@ class GDROController:
             kappa: of `signal`, until `observe_gradients` has told enough to estimate it.
             error: probability that the verifier turns a grade round.
             seed: decides ties.
+
+        Raises:
+            ValueError: a number out of range.
         """
+        if min_rollouts == 1:
+            raise ValueError(
+                "min_rollouts must be 0 or at least 2, got 1: a rollout alone in its group teaches nothing"
+            )
         return cls(
             OnlineDifficultyClassifier(equal_edges(num_bins), idle_discount=IDLE_DISCOUNT),
             PromptGDRO(num_bins, adversary=adversary),
@@ -351,7 +358,7 @@ class GDROController:
         preserve_objective: bool = False,
         seed: int = 0,
     ) -> Self:
-        """Both games of the paper, repaired and coupled by n ∝ ω√v (F7); `recommended` until version 0.2.
+        """Both games of the paper, repaired and coupled by n ∝ ω√v (F7): what was recommended before the frontier law.
 
         Chosen by `simulations/experiments/tuning.py` among 54 on populations that no report uses. It gains where little
         transfers between kinds of problems and all can be learnt, and loses where many cannot: it spends most rollouts

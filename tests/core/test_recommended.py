@@ -175,5 +175,7 @@ def test_components_are_part_of_the_state():
     with pytest.raises(ValueError, match="rows must hold"):
         controller.observe_gradients(plan, np.arange(20) + 1, *gradients(rng, 20, 1.0, 1.0))
     assert controller.state_dict() == before
+    with pytest.raises(ValueError, match="min_rollouts must be 0 or at least 2, got 1"):
+        GDROController.recommended(4, 1)
     with pytest.raises(ValueError, match="components need a rollout game with a signal utility"):
         GDROController(OnlineDifficultyClassifier(), None, RolloutGDRO(4, 2, 8), components=VarianceComponents(10))
