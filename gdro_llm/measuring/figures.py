@@ -25,8 +25,14 @@ from gdro_llm.measuring.style import COLOURS, MARKERS
 STEERING = {
     "weighted_reward": "reward as the adversary weighs it", "shadow_price": "shadow price μ [utility / rollout]",
     "lead_lag": "lead-lag [bins]", "unseen_share": "share of prompts not seen before",
+    "kappa": "κ: a prompt's own gradient over noise", "cosine": "cosine between prompts' gradients",
 }  # fmt: skip
-GROUPS = {"all_wrong_share": "all wrong", "mixed_share": "mixed", "all_correct_share": "all correct"}
+GROUPS = {
+    "all_wrong_share": "groups: all wrong", "mixed_share": "groups: mixed", "all_correct_share": "groups: all correct",
+    "unsolved_share": "prompts: hardly ever solved", "learnable_share": "prompts: solved sometimes",
+    "solved_share": "prompts: nearly always solved", "wasted_share": "rollouts without a gradient",
+    "passed_over_share": "prompts without rollouts",
+}  # fmt: skip
 HEALTH = {
     "loss": "loss", "entropy": "entropy [nats / token]", "grad_norm": "gradient norm",
     "sampler_kl": "KL sampler to trainer [nats]", "clip_share": "share of clipped tokens",

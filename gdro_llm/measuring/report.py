@@ -70,7 +70,8 @@ SECTIONS = {
     "levels": ("By level", """The same evaluation split by how hard the problems are, each panel on its own scale.
         Robust training is meant to lift the hard panels without lowering the easy ones."""),
     "groups": ("Groups that teach", """GRPO learns from the differences among one prompt's answers: a group that is
-        all wrong or all correct gives no gradient, so rollouts are well spent on the mixed share only."""),
+        all wrong or all correct gives no gradient, so rollouts are well spent on the mixed share only. Groups are those
+        of the prompts that were sampled; prompts are all that the controller was offered, by what it believes now."""),
     "bins": ("Along the difficulty axis", """Each column is a step, each row a difficulty bin with the hardest at
         the top; grey is a bin without prompts, or without rollouts. Prompts move down as the model learns. A weight
         above 1 counts a prompt for more than plain GRPO does; rollouts go where the controller expects them to teach,
@@ -78,7 +79,8 @@ SECTIONS = {
     "controllers": ("What the controllers do", """The weighted reward lies below the plain one while the adversary
         finds weak bins. The shadow price is what one rollout more would be worth where it is worth
         most. Lead-lag is the mean bin under the weights minus under the data: below zero, training
-        leans to harder prompts than it meets."""),
+leans to harder prompts than it meets. κ compares the part of a prompt's gradient that no other
+        prompt learns from with the noise of one rollout: small κ is worth large groups on few prompts."""),
     "health": ("Training health", """Signs of trouble: entropy that collapses to zero, spikes of the gradient norm,
         a KL between sampler and trainer that leaves zero (stale weights), answers cut at the length limit."""),
     "time": ("Time", """Where the seconds of a step go, lightly smoothed; the table has the median step, and what
