@@ -250,7 +250,7 @@ def judge(rows: list[Row]) -> Verdict:
 
 def draw(rows: list[Row]) -> Figure:
     """Paired differences from uniform with 95 % intervals, on the reported populations."""
-    figure = Figure(figsize=(13.0, 7.5))
+    figure = Figure(figsize=(7.0, 5.0))
     axes = figure.subplots(1, len(MEASURES), sharey=True)
     shown = ["recommended", "recommended, dealt at random", "groups of 12", "joint", "MoPPS"]
     for axis, (measure, label) in zip(axes, MEASURES.items(), strict=True):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gdro_core import GDROController
-from simulations.controls import Dealt, GroupsOf
+from simulations.controls import Choosing, Dealt, GroupsOf, controller_of
 from simulations.epochs import Epochs, offered
 from simulations.population import train
 from simulations.race import race
@@ -89,27 +89,29 @@ def test_a_dealt_planner_learns_from_what_was_dealt():
     assert (planner.classifier.bins(list(plan.ids)) >= 0).all()
 
 
-class Watching(GroupsOf):
-    """Measures every second step."""
-
-    measures_every = 2
-
-    def __init__(self):
-        super().__init__(4, 4, 16)
-        self.seen = []
-
-    def measure(self, bins, first, second, correct, trials):
-        self.seen.append((bins, first, second, correct, trials))
-
-
-def test_a_measuring_planner_gets_halves_without_a_change_of_the_run():
-    """Steps 0, 2 and 4 of 5; the streams of prompts and outcomes are untouched."""
-    one, other, watching = learner(), learner(), Watching()
-    watched = race(one, watching, 5 * 64, 16, 0)
-    assert watched == race(other, GroupsOf(4, 4, 16), 5 * 64, 16, 0)
-    assert len(watching.seen) == 3
-    bins, first, second, correct, trials = watching.seen[0]
-    assert bins.shape == (16,)
-    assert first.shape == second.shape == (16, one.theta.size + SKETCH)
+def test_a_controller_with_components_is_shown_halves_without_a_change_of_the_run(monkeypatch):
+    """At steps 0, 10 and 20 of 25; the streams of prompts and outcomes are untouched."""
+    seen = []
+    monkeypatch.setattr(GDROController, "observe_gradients", lambda self, plan, *halves: seen.append((plan, *halves)))
+    blind = GDROController.recommended(4, seed=0)
+    blind.components = None
+    watched = race(learner(), GDROController.recommended(4, seed=0), 25 * 64, 16, 0)
+    assert watched == race(learner(), blind, 25 * 64, 16, 0)
+    assert [plan.step for plan, *_ in seen] == [0, 10, 20]
+    _, rows, first, second, correct, trials = seen[0]
+    assert rows.tolist() == list(range(16))
+    assert first.shape == second.shape == (16, learner().theta.size + SKETCH)
     assert trials.tolist() == [[2, 2]] * 16
     assert (correct <= trials).all()
+
+
+def test_a_controller_chooses_among_what_it_is_offered():
+    """Twice the prompts at the budget of the batch; the controller inside is found, also under a dealt plan."""
+    controller = GDROController.recommended(4, seed=0)
+    choosing = Choosing(controller, 4, 16)
+    rows = race(learner(), choosing, 10 * 64, 16, 0)
+    assert rows[-1]["rollouts"] == 640
+    plan = choosing.plan(list(range(32)))
+    assert plan.counts.sum() == 64
+    assert controller_of(Dealt(choosing, np.random.default_rng(0))) is controller
+    assert controller_of(GroupsOf(4, 4, 16)) is None

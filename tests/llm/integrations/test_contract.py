@@ -272,7 +272,7 @@ def test_engines_decide_what_the_own_loop_decides(engine, case, run_config, tmp_
     settings = {"controller": case.controller, "scale_rewards": case.scaled, "aggregation": case.aggregation}
     settings["min_rollouts"] = case.min_rollouts
     if case.controller == "recommended":  # the others do not measure kappa
-        settings |= {"measure_every": 0, "kappa": 0.8, "verifier_error": 0.05}
+        settings |= {"measure_every": 0, "kappa": 0.8, "verifier_error": 0.05, "candidates": 1}
     config = run_config(**settings, seed=case.seed, batch_size=20, **rhythm)
     problems, _ = load_problems(config)
     batches = [

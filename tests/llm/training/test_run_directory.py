@@ -96,7 +96,8 @@ def test_every_controller_runs_within_its_budget_and_resumes_exactly(run_config,
     assert np.diff([0] + [row["rollouts"] for row in rows]).tolist() == [4 * 8] * 4
     for row in rows:
         counted = [(s, n) for s, n in zip(row["bin_share"], row["bin_rollouts"], strict=True) if n is not None]
-        assert all(2 <= n <= 12 for _, n in counted)
+        fewest = 0 if controller in ("recommended", "null") else 2  # they pass prompts over
+        assert all(fewest <= n <= 12 for _, n in counted)
     stopped = tmp_path / "stopped"
     assert fork_and_die(config, stopped, lambda: die_at(trainer, "append", 7)) == signal.SIGKILL
     assert literal.read_log(stopped / "metrics.jsonl")[-1]["step"] >= 2

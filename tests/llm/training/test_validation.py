@@ -260,7 +260,7 @@ def test_exact_evaluation_is_refused_where_probabilities_are_not_known(run_confi
 
 def test_mopps_needs_four_candidates_a_prompt(run_config, tmp_path):
     """Fewer would make smaller batches, and spend less than the other controllers."""
-    with pytest.raises(UsageError, match=r"batch_size must be at most 1/4 of the 40 problems.* from 4; got 11"):
+    with pytest.raises(UsageError, match=r"at most a 4th of the 40 problems with controller 'mopps', got 11"):
         train(run_config(controller="mopps", batch_size=11), tmp_path / "run")
     train(run_config(controller="mopps", batch_size=10, steps=2), tmp_path / "run")
     state = json.loads((tmp_path / "run" / "checkpoint-000002" / "state.json").read_text())
