@@ -303,7 +303,7 @@ class GDROController:
         max_rollouts: int = 12,
         *,
         num_bins: int = 10,
-        adversary: Adversary = Entropic(0.5),
+        adversary: Adversary = Entropic(0.6),
         kappa: float = 0.5,
         error: float = 0.0,
         seed: int = 0,

@@ -38,6 +38,7 @@ CONTROLLERS = (
     "implicit-rollout",
     "mopps",
 )
+RECOMMENDED_STEP, JOINT_STEP = 0.6, 2.0  # of the entropic adversary, where `adversary_step` is 0
 DIALS = {"entropic": "adversary_step", "cvar": "cvar_alpha", "chi-square": "chi_square_rho"}  # of the adversaries
 
 
@@ -167,7 +168,7 @@ class Config:
     adversary: str = _controller("entropic", "of the weights", tuple(DIALS))
     adversary_step: float = _controller(
         0.0,
-        "how far the entropic adversary goes (eta); 0: 0.5 for the recommended controller, 2 for joint play",
+        "how far the entropic adversary goes (eta); 0: 0.6 for the recommended controller, 2 for joint play",
         ge=0.0,
     )
     cvar_alpha: float = _controller(0.5, "share of the prompts in the tail of the cvar adversary", gt=0, le=1)
@@ -320,7 +321,7 @@ class Config:
         now, then = asdict(self), named_as_now(before)
         idle = self._without_effect() if then.get("controller") == self.controller else set()
         frontier = self.controller in ("recommended", "null")
-        own = {"adversary_step": 0.5 if frontier else 2.0, "min_rollouts": 0 if frontier else 2}
+        own = {"adversary_step": RECOMMENDED_STEP if frontier else JOINT_STEP, "min_rollouts": 0 if frontier else 2}
         plain = before.keys() if "kappa" not in before else set()  # an earlier version's 0 is a 0
         pairs = {}
         for key in now.keys() - set(RESUMABLE) - idle:

@@ -24,7 +24,7 @@ from gdro_core import (
     gradient_weight,
     nearest_to_half,
 )
-from gdro_llm.config import Config, UsageError
+from gdro_llm.config import JOINT_STEP, RECOMMENDED_STEP, Config, UsageError
 
 MOPPS_CANDIDATES = 4  # prompts that "mopps" chooses each of its own from
 
@@ -110,7 +110,7 @@ def build_controller(config: Config) -> GDROController | PublishedController:
                 mean,
                 low,
                 high,
-                adversary=adversary_of(config, 0.5),
+                adversary=adversary_of(config, RECOMMENDED_STEP),
                 kappa=config.kappa,
                 error=config.verifier_error,
                 **shared,
@@ -122,7 +122,7 @@ def build_controller(config: Config) -> GDROController | PublishedController:
             high,
             prompt=prompt,
             rollout=rollout,
-            adversary=adversary_of(config, 2.0),
+            adversary=adversary_of(config, JOINT_STEP),
             utility=UTILITIES[config.utility],
             preserve_objective=config.preserve_objective,
             **shared,

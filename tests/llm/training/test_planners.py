@@ -143,7 +143,7 @@ def test_settings_reach_the_games(name, setting, part, attribute, value):
 @pytest.mark.parametrize(
     ("names", "step", "fewest"),
     [
-        (("recommended", "null"), 0.5, 0),
+        (("recommended", "null"), 0.6, 0),
         (("joint", "joint-prompt", "joint-rollout", "joint-null", "implicit", "implicit-rollout"), 2.0, 2),
     ],
 )
