@@ -314,9 +314,9 @@ class GDROController:
         count as unseen and get n_bar again. What is left goes to groups of up to n_max where both outcomes are likely.
         Average the loss over rollouts, so that a prompt counts by its rollouts.
 
-        Chosen on the tuning populations of `simulations/experiments/frontier.py`, which reports it on others: a sharper
-        adversary gains more where hits are rare and honest, and loses where they are lucky; a kappa above 1 does the
-        same, whatever the true one is.
+        Chosen on the tuning populations of `simulations/experiments/frontier.py`, which reports it on others, and by a
+        tiny model: a sharper adversary gains more where hits are rare and honest, less where they are lucky,
+        and loses where agreement falls and what is not practised is forgotten.
 
         Args:
             mean_rollouts: n_bar.

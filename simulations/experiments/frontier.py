@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from gdro_core import GDROController, Planner
+from gdro_core import Entropic, GDROController, Planner
 from gdro_llm.intervals import mean_interval
 from gdro_llm.measuring.tables import markdown, with_interval
 from simulations.controls import Choosing, Dealt, GroupsOf
@@ -131,6 +131,10 @@ def _recommended(population: Learner, batch: int, seed: int) -> Planner:
     return Choosing(GDROController.recommended(MEAN, seed=seed), MEAN, batch)
 
 
+def _sharper(population: Learner, batch: int, seed: int) -> Planner:
+    return Choosing(GDROController.recommended(MEAN, adversary=Entropic(1.0), seed=seed), MEAN, batch)
+
+
 def _told(population: Learner, batch: int, seed: int) -> Planner:
     controller = GDROController.recommended(MEAN, kappa=min(population.kappa, 2.5), seed=seed)  # the cap of `kappa`
     controller.components = None
@@ -146,6 +150,7 @@ RULES: dict[str, Build] = {
     "uniform": _groups(MEAN),
     **GROUPS,
     "recommended": _recommended,
+    "recommended, η = 1": _sharper,
     "recommended, told κ": _told,
     "recommended, batch only, κ = .5": _batch_only,
     "recommended, dealt at random": _null,
@@ -231,7 +236,10 @@ def judge(rows: list[Row]) -> Verdict:
         solved, mean = (mean_interval(gain(rows, "report", population, "recommended", m)) for m in MEASURES)
         good = solved[1] > 0 and mean[0] >= -0.2
         holds &= bool(good)
-        told = [gain(rows, "report", population, "recommended, told κ", m).mean() for m in MEASURES]
+        told, sharper = (
+            [gain(rows, "report", population, f"recommended, {variant}", m).mean() for m in MEASURES]
+            for variant in ("told κ", "η = 1")
+        )
         sizes = best_groups(rows, population, "pass_at_8")
         level = gain(rows, "report", population, sizes, "pass_at_8").mean()
         peers = {
@@ -242,7 +250,8 @@ def judge(rows: list[Row]) -> Verdict:
         best = max(peers, key=lambda rule: float(peers[rule][0]))
         text.append(
             f"{population}: {with_interval(*solved, '+.2f')} pass@8, {with_interval(*mean, '+.2f')} mean@8"
-            f"{'' if good else ' FAILS'} (told κ {told[0]:+.2f}, {told[1]:+.2f}; best groups {level:+.2f}; "
+            f"{'' if good else ' FAILS'} (told κ {told[0]:+.2f}, {told[1]:+.2f}; η = 1 "
+            f"{sharper[0]:+.2f}, {sharper[1]:+.2f}; best groups {level:+.2f}; "
             f"best peer {best} {peers[best][0]:+.2f}, {peers[best][1]:+.2f})"
         )
     return Verdict(holds, "; ".join(text))

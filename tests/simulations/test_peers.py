@@ -264,7 +264,8 @@ def test_the_verdict_needs_pass_at_8_above_and_mean_at_8_not_below_uniform_every
 
     good = experiment.judge(rows(1.0, -0.1))
     assert good.holds
-    entry = "κ .5: +1.00 [+1.00, +1.00] pass@8, -0.10 [-0.10, -0.10] mean@8 (told κ -1.00, -1.00; best groups +2.00; "
+    entry = "κ .5: +1.00 [+1.00, +1.00] pass@8, -0.10 [-0.10, -0.10] mean@8 (told κ -1.00, -1.00; "
+    entry += "η = 1 -1.00, -1.00; best groups +2.00; "
     assert entry + "best peer MoPPS +3.00, +1.00)" in good.text
     for bad in (rows(0.0, 0.0), rows(1.0, -0.3)):
         verdict = experiment.judge(bad)
