@@ -109,7 +109,11 @@ class Config:
         "embedded", '"embedded" (tiny Qwen3 in this package), a model folder, or a hub name', shared=True
     )
     trainable_layers: int = _model(0, "train only this many last blocks (and the final norm); 0 trains all", ge=0)
-    dtype: str = _loading("float32", "number format of compute; weights are float32", ("float32", "bfloat16"))
+    dtype: str = _loading(
+        "auto",
+        "number format of compute; trained weights are float32. auto: bfloat16 on a GPU or a CPU with matrix units (AMX)",
+        ("auto", "float32", "bfloat16"),
+    )
     lora_rank: int = _model(0, "train low-rank adapters of this rank (peft) only; 0 trains the weights", ge=0)
     lora_alpha: float = _model(32.0, "scale of the adapters: alpha / rank", gt=0)
     gradient_checkpointing: bool = _model(
@@ -324,7 +328,7 @@ class Config:
         own = {"adversary_step": RECOMMENDED_STEP if frontier else JOINT_STEP, "min_rollouts": 0 if frontier else 2}
         plain = before.keys() if "kappa" not in before else set()  # an earlier version's 0 is a 0
         pairs = {}
-        for key in now.keys() - set(RESUMABLE) - idle:
+        for key in now.keys() - set(RESUMABLE) - idle - ({"dtype"} if self.dtype == "auto" else set()):
             old = then.get(key, getattr(Config, key))
             pairs[key] = (old if key in plain else old or own.get(key, old), now[key] or own.get(key, now[key]))
         return {key: pairs[key] for key in now if key in pairs and pairs[key][0] != pairs[key][1]}

@@ -8,10 +8,10 @@ Bytes on each of N GPUs (sharded by FSDP2 where N > 1), in the three phases of a
 
 What it takes for granted of the loop: weights, gradients and AdamW's moments are float32 (4 + 4 + 8 bytes a parameter;
 adamw8bit 2 and its scales), except that the frozen weights under adapters are in `dtype`; AdamW is fused; gradients are
-dropped before sampling; vLLM sleeps while the update runs and torch's cache is emptied before it wakes; autocast keeps
-no casts between uses; logits exist in chunks of `CHUNK` elements. Saved activations are counted for a padded
-micro-batch under autocast; `tests/llm/engine/test_memory.py` compares them with what torch saves. Gigabytes are 1e9
-bytes: an "80 GB" card has 85, and the difference is a margin for `--gpu-memory 80`.
+dropped before sampling; vLLM sleeps while the update runs and torch's cache is emptied before it wakes; in one process
+a copy of the weights in bfloat16 computes (`precision`); logits exist in chunks of `CHUNK` elements. Saved activations
+are counted for a padded micro-batch; `tests/llm/engine/test_memory.py` compares them with what torch saves. Gigabytes
+are 1e9 bytes: an "80 GB" card has 85, and the difference is a margin for `--gpu-memory 80`.
 """
 
 from __future__ import annotations
@@ -68,21 +68,26 @@ def trained_parameters(config: Config, shape: Shape) -> int:
 def saved_per_token(config: Config, shape: Shape) -> int:
     """Bytes that one block saves per token for its backward pass (counted in transformers' Qwen3 with SDPA)."""
     d, q, k, f = shape.hidden_size, shape.query_width, shape.key_width, shape.intermediate_size
-    bf16 = config.dtype == "bfloat16"  # autocast: the residual stream and norms stay float32, products are bfloat16
-    saved = 26 * d + 14 * q + 10 * k + 8 * f if bf16 else 24 * d + 24 * q + 16 * k + 16 * f
+    bf16 = _bytes(config) == 2  # norms and softmax compute in float32 all the same
+    saved = 16 * d + 14 * q + 8 * k + 8 * f if bf16 else 24 * d + 24 * q + 16 * k + 16 * f
     if config.lora_rank:  # adapters save their input once more, and what lies between their matrices
         saved += (2 if bf16 else 4) * sum(inputs + config.lora_rank for inputs, _ in shape.linears)
     return saved
+
+
+def _bytes(config: Config) -> int:
+    """Of a number in the format of compute, on a GPU."""
+    return 4 if config.dtype == "float32" else 2
 
 
 def activation_bytes(config: Config, shape: Shape) -> float:
     """Activations of a micro-batch at their peak: all blocks', or with checkpointing their inputs and one block's."""
     row = config.max_prompt_tokens + config.max_new_tokens
     tokens = max(config.update_tokens, row)  # a micro-batch has at least one row
-    c, d = (2 if config.dtype == "bfloat16" else 4), shape.hidden_size
+    c, d = _bytes(config), shape.hidden_size
     blocks = config.trainable_layers or shape.num_hidden_layers
     saved = saved_per_token(config, shape)
-    kept = blocks * 4 * d + saved if config.gradient_checkpointing else blocks * saved
+    kept = blocks * c * d + saved if config.gradient_checkpointing else blocks * saved
     in_flight = 2 * c * shape.intermediate_size + 8 * d  # gradients between two products
     around = 16 * d  # embedding's output, final norm
     return tokens * (kept + in_flight + around + 3 * row)  # the mask: a bool and a cast of it per pair
@@ -95,10 +100,9 @@ def estimate(config: Config, gpu_bytes: float, gpus: int = 1, shape: Shape | Non
         UnknownShape: of the model.
     """
     shape = shape or shape_of(config.model)
-    c = 2 if config.dtype == "bfloat16" else 4
+    c = _bytes(config)
     lora, trained = bool(config.lora_rank), trained_parameters(config, shape)
     everything = trained == shape.parameters
-    matrices = sum(inputs * outputs for inputs, outputs in shape.linears)
     head = shape.vocab_size * shape.hidden_size
     row = config.max_prompt_tokens + config.max_new_tokens
     items: dict[str, tuple[float, float, float]] = {}
@@ -116,10 +120,10 @@ def estimate(config: Config, gpu_bytes: float, gpus: int = 1, shape: Shape | Non
     if gpus > 1:
         reduced = (c + 4) * max(shape.block_parameters, shape.embedding_parameters) if everything else 0
         casts, sampler_casts = whole + reduced, whole
-    else:  # the backward pass needs the casts of the blocks whose activations exist
-        blocks = 1 if config.gradient_checkpointing else config.trainable_layers or shape.num_hidden_layers
-        casts = 0 if c == 4 or lora else c * (blocks * matrices + head)
-        sampler_casts = 0 if c == 4 or lora else c * (shape.num_hidden_layers * matrices + head)
+    else:
+        casts = sampler_casts = 0
+        copy = 0 if c == 4 or lora else c * shape.parameters
+        items["copy of the weights that computes"] = (copy, copy, copy)
 
     cache_row = 2 * shape.num_hidden_layers * shape.key_width * c * row
     if config.engine == "vllm":

@@ -1,15 +1,17 @@
 """The language model: load it, hand its weights on, save it.
 
-1. Weights are float32; with `dtype = "bfloat16"` matrix products run in bfloat16 (`Policy.autocast`, or FSDP's casts
-   under torchrun). With adapters (LoRA) the frozen weights are kept in `dtype`, the adapters in float32.
+1. The weights that are trained are float32; with `dtype = "bfloat16"` everything is computed by a copy of them in
+   bfloat16 (`Policy.working`), under torchrun by FSDP's casts. With adapters (LoRA) the frozen weights are kept in
+   `dtype`, the adapters in float32, and there is no copy.
 2. With adapters a saved policy is the merged model, for others, and the adapters, to go on training exactly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gdro_llm.config import Config, UsageError
+from gdro_llm.engine.attention import use_cpu_attention
+from gdro_llm.engine.precision import refresh, working_copy
 from gdro_llm.engine.scoring import TokenLogprobs, run_prompts
 from gdro_llm.engine.shapes import EMBEDDED_MODEL
 from gdro_llm.engine.workers import SINGLE_PROCESS, Workers, full, reshard, shard
@@ -39,19 +43,34 @@ class Policy:
     compute: torch.dtype = torch.float32
     start: TokenLogprobs | None = None  # frozen copy of the policy that training started from, if the KL needs one
     workers: Workers = SINGLE_PROCESS
-    scorer: TokenLogprobs = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.scorer = TokenLogprobs(self.model, self.temperature, self.compute)
+    @cached_property
+    def working(self) -> PreTrainedModel:
+        """The model to run: `model`, or its copy in the format of compute."""
+        if self.compute == torch.float32 or self.workers.size > 1 or any(_adapted(self.model)):
+            return self.model
+        return working_copy(self.model, self.compute)
+
+    @cached_property
+    def scorer(self) -> TokenLogprobs:
+        """Log-probabilities under the policy."""
+        return TokenLogprobs(self.working, self.temperature)
+
+    def at_temperature(self, temperature: float) -> Policy:
+        """The same weights at another temperature."""
+        other = replace(self, temperature=temperature)
+        other.working = self.working
+        return other
+
+    def refresh(self) -> None:
+        """Tell the copy what the weights are now; after every change of them."""
+        if self.working is not self.model:
+            refresh(self.working, self.model)
 
     @property
     def device(self) -> torch.device:
         """Where the model lives."""
         return self.model.device
-
-    def autocast(self) -> torch.autocast:
-        """Context for forward passes of `model`: matrix products run in the configured `dtype`."""
-        return self.scorer.autocast()
 
     @contextmanager
     def reference(self) -> Iterator[TokenLogprobs]:
@@ -126,7 +145,7 @@ def load_policy(config: Config, folder: Path | None = None, workers: Workers = S
     if config.threads:
         torch.set_num_threads(config.threads)
     device = torch.device(device_type(config))
-    compute = getattr(torch, config.dtype)
+    compute = getattr(torch, settled(config).dtype)
     model, tokenizer = _load(config, source, compute if config.lora_rank else torch.float32)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -139,27 +158,36 @@ def load_policy(config: Config, folder: Path | None = None, workers: Workers = S
         model.gradient_checkpointing_enable({"use_reentrant": False})
     reference = None
     if config.kl_coef and not config.lora_rank:  # also after a resumption: not `folder`
-        frozen = _load(config, start, torch.float32)[0].requires_grad_(False)
-        reference = TokenLogprobs(frozen, config.temperature, compute)
+        frozen = _load(config, start, compute if workers.size == 1 else torch.float32)[0].requires_grad_(False)
+        reference = TokenLogprobs(frozen if workers.size > 1 else nn.Module.to(frozen, device), config.temperature)
     policy = Policy(
         model, tokenizer, stop_ids, config.temperature, str(_model_source(source, config)), compute, reference, workers
     )
-    for scorer in (policy.scorer, reference):
-        if scorer is not None and workers.size > 1:
+    if workers.size == 1:
+        nn.Module.to(model, device)
+    if device.type == "cpu":
+        use_cpu_attention(model)
+    for scorer in () if workers.size == 1 else (policy.scorer, reference):
+        if scorer is not None:
             shard(scorer, decoder_layers(scorer.model), device, compute)
-            scorer.sharded = True
             row = torch.zeros(1, 2, dtype=torch.long, device=device)
             with torch.no_grad():  # the first pass settles that the scorer, and no part of it, is the root
                 scorer(row, row[:, 0] + 1, row[:, :1], row[:, :1] + 1)
             reshard(scorer)
-        elif scorer is not None:
-            nn.Module.to(scorer.model, device)
     return policy
 
 
 def device_type(config: Config) -> str:
     """ "cuda" or "cpu"."""
     return "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def settled(config: Config, saved: Mapping[str, Any] | None = None) -> Config:
+    """The configuration with `dtype` "auto" settled: as a run that goes on has it, or else as suits this machine."""
+    if config.dtype != "auto":
+        return config
+    fast = device_type(config) == "cuda" or torch.cpu.get_capabilities().get("amx_bf16", False)
+    return replace(config, dtype=(saved or {}).get("dtype", "bfloat16" if fast else "float32"))
 
 
 def _model_source(source: Path | str, config: Config) -> Path | str:
@@ -301,9 +329,8 @@ class Prefix:
 
 def encode(policy: Policy, prompts: list[list[int]]) -> Prefix:
     """Run the prompts, as token ids, through the model once."""
-    with policy.autocast():
-        out, mask = run_prompts(policy.model, prompts)
-        return Prefix(out.past_key_values, mask, policy.model.get_output_embeddings()(out.last_hidden_state[:, -1]))
+    out, mask = run_prompts(policy.working, prompts)
+    return Prefix(out.past_key_values, mask, policy.working.get_output_embeddings()(out.last_hidden_state[:, -1]))
 
 
 def completion_logprobs(

@@ -33,17 +33,10 @@ class TokenLogprobs(nn.Module):
         entropy_R_T: of the whole distribution that the token was drawn from [nats]; without gradient; padding holds 0.
     """
 
-    def __init__(self, model: PreTrainedModel, temperature: float, compute: torch.dtype = torch.float32) -> None:
+    def __init__(self, model: PreTrainedModel, temperature: float) -> None:
         super().__init__()
         self.model = model
         self.temperature = temperature
-        self.compute = compute
-        self.sharded = False  # by FSDP, which then casts
-
-    def autocast(self) -> torch.autocast:
-        """Where matrix products run in the format of compute. Weights are cast anew each time: they move in between."""
-        enabled = self.compute != torch.float32 and not self.sharded
-        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
     def plain(
         self, prompts: list[list[int]], owner_R: torch.Tensor, tokens_R_T: torch.Tensor, mask_R_T: torch.Tensor
@@ -61,7 +54,7 @@ class TokenLogprobs(nn.Module):
         self, rows_R_S: torch.Tensor, first_R: torch.Tensor, tokens_R_T: torch.Tensor, mask_R_T: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`plain`'s second half: whole rows, and where in them the completions start. All that FSDP needs to see."""
-        with self.autocast(), self._layers_as_configured():
+        with self._layers_as_configured():
             hidden_R_S_H = self.model.base_model(input_ids=rows_R_S, use_cache=False).last_hidden_state
             row, t = mask_R_T.nonzero(as_tuple=True)
             return self.read(hidden_R_S_H[row, first_R[row] - 1 + t], tokens_R_T, mask_R_T)
@@ -70,22 +63,21 @@ class TokenLogprobs(nn.Module):
         self, prompts: list[list[int]], owner_R: torch.Tensor, tokens_R_T: torch.Tensor, mask_R_T: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Every prompt once, then the completions on its cache."""
-        with self.autocast():
-            out, mask_P_T = run_prompts(self.model, prompts)
-            cache, mask = out.past_key_values, mask_P_T[owner_R]
-            hidden_R_T_H = out.last_hidden_state[owner_R, -1:]
-            if tokens_R_T.shape[1] > 1:
-                cache.batch_select_indices(owner_R)
-                mask = torch.cat([mask, mask_R_T[:, :-1].to(mask.dtype)], dim=1)
-                out = self.model.base_model(
-                    input_ids=tokens_R_T[:, :-1],
-                    attention_mask=mask,
-                    position_ids=positions(mask)[:, mask_P_T.shape[1] :],
-                    past_key_values=cache,
-                    use_cache=True,
-                )
-                hidden_R_T_H = torch.cat([hidden_R_T_H, out.last_hidden_state], dim=1)
-            return self.read(hidden_R_T_H[mask_R_T.bool()], tokens_R_T, mask_R_T)
+        out, mask_P_T = run_prompts(self.model, prompts)
+        cache, mask = out.past_key_values, mask_P_T[owner_R]
+        hidden_R_T_H = out.last_hidden_state[owner_R, -1:]
+        if tokens_R_T.shape[1] > 1:
+            cache.batch_select_indices(owner_R)
+            mask = torch.cat([mask, mask_R_T[:, :-1].to(mask.dtype)], dim=1)
+            out = self.model.base_model(
+                input_ids=tokens_R_T[:, :-1],
+                attention_mask=mask,
+                position_ids=positions(mask)[:, mask_P_T.shape[1] :],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            hidden_R_T_H = torch.cat([hidden_R_T_H, out.last_hidden_state], dim=1)
+        return self.read(hidden_R_T_H[mask_R_T.bool()], tokens_R_T, mask_R_T)
 
     def read(
         self, hidden_N_H: torch.Tensor, tokens_R_T: torch.Tensor, mask_R_T: torch.Tensor
@@ -110,7 +102,7 @@ class TokenLogprobs(nn.Module):
 
     def _read_chunk(self, hidden_N_H: torch.Tensor, targets_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logprobs_N_V = torch.log_softmax(self.model.get_output_embeddings()(hidden_N_H).float() / self.temperature, -1)
-        with torch.no_grad(), torch.autocast(logprobs_N_V.device.type, enabled=False):
+        with torch.no_grad():
             entropy_N = -torch.linalg.vecdot(logprobs_N_V.exp(), logprobs_N_V)
         return logprobs_N_V.gather(-1, targets_N[:, None])[:, 0], entropy_N
 

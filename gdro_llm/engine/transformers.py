@@ -73,8 +73,7 @@ class HFSampler:
             if waiting < len(numbers) and len(unfinished.row) <= (self._slots // 2 if unfinished.can_join() else 0):
                 new = np.arange(waiting, min(waiting + self._slots - len(unfinished.row), len(numbers)))
                 waiting = new[-1] + 1
-                with policy.autocast():
-                    unfinished.join(_start(policy, prompts, owner[new], new, uniforms(seed, numbers[new], steps)))
+                unfinished.join(_start(policy, prompts, owner[new], new, uniforms(seed, numbers[new], steps)))
             distribution = log_distribution(unfinished.logits, decoding)
             u = unfinished.uniforms.gather(1, lengths[unfinished.row][:, None])[:, 0]
             token = invert_cdf(distribution.exp(), u)
@@ -87,8 +86,7 @@ class HFSampler:
             truncated[unfinished.row[out_of_room]] = True
             unfinished.keep((going & ~out_of_room).nonzero()[:, 0], token)
             if len(unfinished.row):
-                with policy.autocast():
-                    unfinished.advance(policy)
+                unfinished.advance(policy)
         if not torch.isfinite(logprobs).all():
             raise UsageError(
                 "the model's logits are not finite, so nothing can be sampled from it; "
@@ -132,7 +130,7 @@ class _Unfinished:
     def advance(self, policy: Policy) -> None:
         """Run the last tokens through the model."""
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
-        self.logits = policy.model(
+        self.logits = policy.working(
             input_ids=self.token[:, None],
             attention_mask=self.mask,
             position_ids=positions(self.mask)[:, -1:],

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from gdro_llm.config import Config, UsageError
-from gdro_llm.engine.policy import Policy
+from gdro_llm.engine.policy import Policy, settled
 from gdro_llm.engine.rollouts import Decoding, Rollouts, decode_texts, planned_rows, position_limit
 
 MISSING = (
@@ -52,7 +52,7 @@ class VLLMSampler:
             with _starting(config):
                 self._engine = LLM(
                     policy.source,
-                    dtype=config.dtype,
+                    dtype=settled(config).dtype,
                     load_format="dummy",  # `sync` brings all weights before the first token
                     enforce_eager=not self._on_gpu,
                     enable_sleep_mode=self._on_gpu,

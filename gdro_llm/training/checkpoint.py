@@ -46,7 +46,7 @@ def find_checkpoint(out: Path, config: Config, *, resume: bool, fresh: bool) -> 
     """
     if not out.exists() or (out.is_dir() and {path.name for path in out.iterdir()} <= {".config.json.tmp", ".lock"}):
         return None  # nothing, or a run that was killed before it wrote its first file
-    before = _read_config(out)
+    before = read_config(out)
     if before is None:  # a model folder, say, which --fresh must not delete
         raise UsageError(f"{out} is not empty and not a run directory; choose another --out")
     if not (fresh or resume):
@@ -284,7 +284,7 @@ def _lock(out: Path) -> IO[str]:
     return file
 
 
-def _read_config(out: Path) -> dict[str, Any] | None:
+def read_config(out: Path) -> dict[str, Any] | None:
     """The configuration of a run; None where `out` is none."""
     path = out / "config.json"
     if not path.is_file():

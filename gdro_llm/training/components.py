@@ -110,7 +110,7 @@ def half_gradients(
         halves.extend([2 * m + half] * len(mine))
         factors.extend((reward - reward.mean())[: len(mine)] / (size - 1))  # leave-one-out advantage / h
     sketch = _Sketch(policy, 2 * len(prompts_M), width, [config.seed, step, 5])
-    with whole_weights(policy.scorer), policy.autocast():
+    with whole_weights(policy.scorer):
         for part in _parts(rollouts, np.array(rows, dtype=int), config.update_tokens):
             sketch.add(rollouts.select(np.array(rows)[part]), np.array(halves)[part], np.array(factors)[part])
     total = workers.total(sketch.sums.cpu().numpy()).reshape(len(prompts_M), 2, sketch.sums.shape[1])
@@ -196,7 +196,7 @@ class _Sketch:
 
 def _writers(policy: Policy) -> list[nn.Linear]:
     """The matrices of the last block that write into the residual stream; with adapters, those beneath them."""
-    block = decoder_layers(policy.model)[-1]
+    block = decoder_layers(policy.working)[-1]
     found = [
         getattr(module, "base_layer", module)
         for name, module in block.named_modules()
@@ -232,9 +232,9 @@ def score_gradients(
         Per module float32 (R, T, inputs) and (R, T, outputs), at the position that predicts token t; gradients are 0 at
         padding. The gradient of rollout r by the module's weight is the sum over t of outputs x inputs.
     """
-    model = policy.model
+    model = policy.working
     kept: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
-    with torch.no_grad(), policy.autocast():
+    with torch.no_grad():
         out, mask_P_T = run_prompts(model, [ids[:-1] for ids in prompts])
         cache = out.past_key_values
         cache.batch_select_indices(owner_R)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -129,7 +129,7 @@ def has_exact_rates(problems: Sequence[Problem], config: Config) -> bool:
 def exact_rates(policy: Policy, problems: Sequence[Problem], config: Config) -> Floats:
     """(P,) success probabilities, where `has_exact_rates`."""
     prompts = [prompt_tokens(policy.tokenizer, problem, config) for problem in problems]
-    scored = replace(policy, temperature=config.eval_temperature)
+    scored = policy.at_temperature(config.eval_temperature)
     with whole_weights(policy.scorer):
         accepted = [problem.accepted for problem in problems]
         return np.asarray(success_probability(scored, prompts, accepted, config.sample_rows).numpy())

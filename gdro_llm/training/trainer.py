@@ -28,12 +28,12 @@ from tqdm import tqdm
 from gdro_core import PublishedController
 from gdro_llm.config import Config, UsageError, printable
 from gdro_llm.engine.memory import check_fits
-from gdro_llm.engine.policy import device_type, load_policy
+from gdro_llm.engine.policy import device_type, load_policy, settled
 from gdro_llm.engine.sampler import Sampler, make_sampler
 from gdro_llm.engine.shapes import Shape, UnknownShape, shape_of
 from gdro_llm.engine.workers import Workers, record_failures, start_workers, stop_workers
 from gdro_llm.problems.load import hold_out, load_problems
-from gdro_llm.problems.prompting import drop_long_prompts, with_prompt_limit
+from gdro_llm.problems.prompting import drop_long_prompts, prompt_tokens, with_prompt_limit
 from gdro_llm.problems.rewards import Grader
 from gdro_llm.training.batch import Batch, Refill
 from gdro_llm.training.best import BestWeights
@@ -43,6 +43,7 @@ from gdro_llm.training.checkpoint import (
     load_checkpoint,
     open_run,
     other_settings,
+    read_config,
     save_checkpoint,
 )
 from gdro_llm.training.clock import Clock, trained_tokens
@@ -51,6 +52,7 @@ from gdro_llm.training.evaluation import evaluate, has_exact_rates
 from gdro_llm.training.gradient import sampler_gap
 from gdro_llm.training.optimizer_state import load_optimizer_state, optimizer_state
 from gdro_llm.training.planners import build_controller, candidates_of
+from gdro_llm.training.rehearsal import rehearse
 from gdro_llm.training.step import Collected, collect, summarise
 from gdro_llm.training.stopping import Stopped, StopRequest, stop_requests
 from gdro_llm.training.tracking import Tracker, import_trackers
@@ -76,7 +78,8 @@ def train(
     with ExitStack() as cleanup, record_failures(), out_of_memory_advice(config, training=True):
         cleanup.callback(stop_workers)
         run = Run(config, out, cleanup, resume=resume, fresh=fresh, report=report)
-        controller, workers = run.controller, run.workers
+        config, controller, workers = run.config, run.controller, run.workers
+        run.rehearse()
         if run.progress["step"] == 0:
             run.evaluate()
             if run.validation_problems:
@@ -121,9 +124,11 @@ class Run:
         fresh: bool,
         report: Callable[[Path], object] | None,
     ) -> None:
-        self.config, self.out, self.report = config, out, report
-        self.controller = build_controller(config)
         self.workers = start_workers(device_type(config))
+        saved = read_config(out) if resume and self.workers.rank == 0 else None
+        self.config = config = self.workers.gather(settled(config, saved))[0]
+        self.out, self.report = out, report
+        self.controller = build_controller(config)
         self._check_machine()
         self._load_problems()
         checkpoint = self._find_checkpoint(resume=resume, fresh=fresh)
@@ -218,6 +223,13 @@ class Run:
         tracker = Tracker(self.config, self.out, step=self.first_step)
         cleanup.callback(tracker.close)
         return tracker
+
+    def rehearse(self) -> None:
+        """On a GPU, try the largest micro-batch: running out of memory comes now or never."""
+        if self.policy.device.type == "cuda":
+            self.sampler.sleep()
+            prompts = (prompt_tokens(self.policy.tokenizer, problem, self.config) for problem in self.train_problems)
+            rehearse(self.policy, self.optimizer, max(map(len, prompts)), self.config, self.workers)
 
     def steps(self) -> range:
         """The steps that are left."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from gdro_llm.config import Config, UsageError
-from gdro_llm.engine.policy import Policy
+from gdro_llm.engine.policy import Policy, settled
 from gdro_llm.engine.workers import SINGLE_PROCESS, Workers, full
 from gdro_llm.training.batch import Batch
 from gdro_llm.training.gradient import SUMS, BatchLoss
@@ -25,7 +25,8 @@ def build_optimizer(policy: Policy, config: Config) -> torch.optim.Optimizer:
         "weight_decay": config.weight_decay,
     }
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(trained, fused=policy.device.type == "cuda", **settings)
+        fused = policy.device.type == "cuda" or policy.compute != torch.float32  # one pass over memory; float32 on
+        return torch.optim.AdamW(trained, fused=fused, **settings)  # a CPU keeps the bits of earlier runs
     try:
         from torchao.optim import AdamW8bit
     except ImportError as error:
@@ -87,6 +88,7 @@ def update(
                 f"{step // config.minibatches + 1}: loss {loss}, gradient norm {norm}; the weights were not changed"
             )
         optimizer.step()
+        policy.refresh()
         loss_sum, norm_sum = loss_sum + loss, norm_sum + norm
         sums += part.totals.cpu().numpy()
         if step == 0:  # before the first step of the batch sampler and trainer should be the same policy
@@ -128,6 +130,6 @@ def out_of_memory_advice(config: Config, *, training: bool = False) -> Iterator[
             remedies.append(f"lower vllm_memory (now {config.vllm_memory:g})")
         if training:
             remedies.append("and --resume: the last checkpoint, if there is one, is intact")
-        if config.dtype == "float32":
+        if settled(config).dtype == "float32":
             remedies.append("or take dtype bfloat16" + " in a new run" * training)
         raise UsageError(f"out of memory on the GPU: {', '.join(remedies)}") from error

@@ -62,7 +62,8 @@ def tiny_config(tiny_model):
     """Config of the tiny model; keyword arguments override."""
 
     def build(**overrides) -> Config:
-        values = {"model": str(tiny_model), "threads": 1, "device": "cpu", "max_new_tokens": 6, "learning_rate": 1e-3}
+        values = {"model": str(tiny_model), "threads": 1, "device": "cpu", "dtype": "float32"}
+        values |= {"max_new_tokens": 6, "learning_rate": 1e-3}
         return Config(**{**values, **overrides})
 
     return build
@@ -77,7 +78,7 @@ def tiny(tiny_config) -> Policy:
 @pytest.fixture(scope="session")
 def tiny_data(tiny_model, tmp_path_factory) -> dict[str, str]:
     """Training and test files whose answers are single tokens that the tiny model does produce: rewards are mixed."""
-    policy = load_policy(Config(model=str(tiny_model), threads=1, device="cpu"))
+    policy = load_policy(Config(model=str(tiny_model), threads=1, device="cpu", dtype="float32"))
     prompts = [f"{a}*{b}=" for a in range(1, 10) for b in range(1, 10)]
     drawn = literal.sample(policy, literal.prompts(policy, prompts), np.ones(len(prompts), int), 1, seed=0, rows=100)
     rows = [
@@ -107,4 +108,4 @@ def embedded() -> Policy:
     """The shipped warm-started model; never train it in place."""
     if not (EMBEDDED_MODEL / "config.json").is_file():
         pytest.skip("the shipped model is not there yet")
-    return load_policy(Config(threads=1, device="cpu"))
+    return load_policy(Config(threads=1, device="cpu", dtype="float32"))

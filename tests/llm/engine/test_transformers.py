@@ -216,8 +216,8 @@ def test_no_rows_at_all(tiny, tiny_config):
         assert (rollouts.texts, len(rollouts.owner_R)) == ([], 0)
 
 
-def test_bfloat16_runs_the_model_under_autocast_and_samples_in_float32(tiny_config):
-    """Weights stay float32; log-probabilities are near those of float32 and not equal."""
+def test_bfloat16_runs_a_copy_of_the_model_and_samples_in_float32(tiny_config):
+    """The trained weights stay float32; log-probabilities are near those of float32 and not equal."""
     config = tiny_config(dtype="bfloat16")
     policy, decoding = load_policy(config), Decoding(1, 1.0)
     half, full = (
