@@ -303,10 +303,10 @@ def _window(completion: str) -> str:
 def answer_text(completion: str) -> str:
     r"""What math-verify gets to read of a completion: the box, if there is one alone and closed, else all near the end.
 
-    Texts around the box that could change its meaning for math-verify ("%", "I hope") are kept.
+    What follows the box is kept where math-verify could heed it ("%", "final answer").
 
     >>> answer_text(r"<think>Is it 3?</think> Hence, \boxed{x + 2}."), answer_text("<think>3?</think> 2x")
-    ('\\\\boxed{x + 2}', ' 2x')
+    ('\\boxed{x + 2}', ' 2x')
     """
     window = _window(completion)
     boxes = _boxes(window)

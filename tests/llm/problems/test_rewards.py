@@ -293,14 +293,14 @@ def test_a_busy_machine_turns_no_right_answer_wrong(tmp_path):
 
 def test_an_error_of_the_machine_is_no_wrong_answer(tmp_path):
     """Graded once more, it changes nothing; the second time it is an error, and the next batch is graded."""
-    with Grader(math_config(grade_seconds=0.1), misbehave) as grader:
+    with Grader(math_config(grade_seconds=0.05), misbehave) as grader:
         texts = ["x", *(f"once-{deed} {tmp_path / deed}" for deed in ("raise", "die", "sleep")), "y", "hang"]
         assert grader.grade([gold("x")] * 6, texts).tolist() == [1, 1, 1, 1, 0, 0]
         assert grader.over_limit == 1
         for text, why in [
             ("raise", r"grading a failed \(ZeroDivisionError\('1/0'\)\): 'raise'"),
             ("die", r"grading a ended its worker \(exit code -9;"),
-            ("sleep", r"grading a took 2 s and less than 0.1 s of CPU time: the grader waits"),
+            ("sleep", r"grading a took 1 s and less than 0.05 s of CPU time: the grader waits"),
         ]:
             with pytest.raises(GradingError, match=why):
                 grader.grade([gold("x")] * 2, ["x", text])
