@@ -134,7 +134,7 @@ class Config:
     template: str = _grading("{problem}", "prompt of a problem; {problem} is replaced")
     max_prompt_tokens: int = _data(1024, "training problems with longer prompts are left out, and counted", ge=1)
     grader: str = _grading("exact", "how a completion is graded", ("exact", "number", "math"))
-    grade_seconds: float = _grading(5.0, "a completion that takes longer to grade counts as wrong", gt=0)
+    grade_seconds: float = _grading(5.0, "CPU time of grading a completion; one that takes more is wrong [s]", gt=0)
     grade_workers: int = _grading(0, "processes of the math grader; 0: one per core", ge=0, resumable=True)
     train_problems: int = _data(0, "train on at most this many problems, always the same ones; 0: all", ge=0)
     test_problems: int = _grading(1000, "evaluate on at most this many test problems, always the same ones", ge=1)

@@ -37,7 +37,7 @@ HEALTH = {
     "loss": "loss", "entropy": "entropy [nats / token]", "grad_norm": "gradient norm",
     "sampler_kl": "KL sampler to trainer [nats]", "clip_share": "share of clipped tokens",
     "completion_length": "completion length [tokens]", "truncated_share": "share of truncated answers",
-    "learning_rate": "learning rate",
+    "learning_rate": "learning rate", "grade_limit_share": "share of answers that broke the grader's limits",
 }  # fmt: skip
 BINS = {
     "bin_share": "share of the batch's prompts", "bin_error": "error (1 − pass rate)",

@@ -10,7 +10,13 @@ three steps; the first step that decides counts:
    for 1e-7; "6.1e-7" is read as a power of ten, not as Euler's number.
 
 Step 3 runs a computer algebra system on whatever a language model wrote: some completions take for ever or all memory.
-It runs in worker processes, and a completion that hangs or kills its worker costs that one sample a zero.
+It runs in worker processes, once for each distinct pair of gold answer and `answer_text` in a batch. An answer that
+needs more than `grade_seconds` of CPU time or MEMORY_LIMIT, or crashes its worker, is wrong and counted. CPU time, so
+that a busy machine changes no grade. Everything else that can go wrong (the far larger wall limit, which only a
+starved machine or a grader that waits can reach; a worker that is killed; a broken pool; an exception) is no fault of
+the answer: it is graded once more, alone, and then a `GradingError` ends the batch.
+
+Linux only: macOS does not bound the address space, Windows has neither these timers nor a fork server.
 """
 
 from __future__ import annotations
@@ -22,20 +28,23 @@ import re
 import resource
 import signal
 from collections.abc import Callable, Sequence
-from concurrent.futures import TimeoutError
+from concurrent.futures.process import BrokenProcessPool
 from fractions import Fraction
 from functools import lru_cache
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-from pebble import ProcessPool
+from pebble import ProcessExpired, ProcessPool
 from tqdm import tqdm
 
 from gdro_llm.config import Config, UsageError, printable
 from gdro_llm.problems.problem import Problem
 
 MEMORY_LIMIT = 4 * 2**30  # address space of a worker [bytes]
+WALL_FACTOR = 20  # wall limit over CPU limit
+STARTING = 60.0  # a worker has started, or the pool is stuck [s]
+CRASHES = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE)  # big numbers, deep nesting: of the answer
 BEFORE_BOX, AFTER_BOX = 1000, 4000  # what math-verify sees of a long completion [characters]
 
 
@@ -66,6 +75,13 @@ GRADERS: dict[str, Callable[[Problem, str], float]] = {
 }
 
 
+class GradingError(RuntimeError):
+    """The machine could not grade a completion, twice; of the answer nothing is known."""
+
+
+Question = tuple[str, str]  # gold answer, answer text
+
+
 class Grader:
     """The grader of a configuration; a context manager, since "math" keeps worker processes.
 
@@ -75,16 +91,16 @@ class Grader:
     """
 
     def __init__(self, config: Config, verify: Callable[[str, str], float] | None = None) -> None:
-        """`verify(answer, completion)` decides in the workers in place of `verify_math` (a module's function)."""
-        self._name, self._seconds, self._verify = config.grader, config.grade_seconds, verify or verify_math
-        self._pool: ProcessPool | None = None
-        if config.grader == "math":
-            local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun: they share the cores
-            workers = config.grade_workers or max(1, len(os.sched_getaffinity(0)) // local_processes)
-            # Not fork: the threads of torch and vLLM live in this process. The server imports sympy once for all.
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["gdro_llm.problems.rewards", "math_verify"])
-            self._pool = ProcessPool(workers, initializer=_prepare_worker, context=context)
+        """`verify(answer, text)` decides in the workers in place of `verify_math` (a module's function).
+
+        What it raises, but for a MemoryError, is an error of the machine.
+        """
+        self._name, self._verify = config.grader, verify or verify_math
+        self._cpu_seconds, self._wall_seconds = config.grade_seconds, WALL_FACTOR * config.grade_seconds
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun: they share the cores
+        self._workers = config.grade_workers or max(1, len(os.sched_getaffinity(0)) // local_processes)
+        self._pool = self._open_pool() if config.grader == "math" else None
+        self.over_limit = 0  # completions of the last batch that are wrong because grading them broke a limit
 
     def __enter__(self) -> Self:
         return self
@@ -96,34 +112,97 @@ class Grader:
             self._pool.stop()
             self._pool.join()
 
+    def _open_pool(self) -> ProcessPool:
+        # Not fork: the threads of torch and vLLM live in this process. The server imports sympy once for all.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["gdro_llm.problems.rewards", "math_verify"])
+        return ProcessPool(self._workers, initializer=_prepare_worker, context=context)
+
     def grade(self, problems: Sequence[Problem], texts: Sequence[str]) -> np.ndarray:
-        """Reward of each completion, (R,), in [0, 1], in bounded time.
+        """Reward of each completion, (R,), in [0, 1], in bounded time; see `over_limit`.
 
         Args:
             problems: R problems, one a completion.
             texts: R completions.
+
+        Raises:
+            GradingError: the machine could not grade one of them.
         """
         if self._pool is None:
             grade = GRADERS[self._name]
             return np.array([grade(problem, text) for problem, text in zip(problems, texts, strict=True)], float)
         rewards_R = np.zeros(len(texts))
-        waiting: dict[int, Any] = {}
+        rows: dict[Question, list[int]] = {}
         for r, (problem, text) in enumerate(zip(problems, texts, strict=True)):
             verdict = compare_boxed(problem.answer, text)
-            if verdict is not None:
+            if verdict is None:
+                rows.setdefault((problem.answer, answer_text(text)), []).append(r)
+            else:
                 rewards_R[r] = verdict
-            else:  # what a worker would not look at need not travel
-                arguments = (self._verify, self._seconds, problem.answer, _window(text))
-                waiting[r] = self._pool.schedule(_in_time, args=arguments, timeout=self._seconds)
-        for r, future in waiting.items():
-            error = future.exception()
-            if error is None:
-                rewards_R[r] = future.result()
-            else:  # the completion is to blame: every worker has graded something before its first task
-                late = isinstance(error, TimeoutError) or getattr(error, "exitcode", None) == -signal.SIGALRM
-                what = f"took over {self._seconds:g} s" if late else f"failed ({error!r})"
-                tqdm.write(printable(f"grading {problems[r].id} {what}, reward 0: {texts[r][:100]!a}"))
+        self.over_limit = 0
+        outcomes = self._ask([*rows])
+        for question, same in rows.items():
+            outcome = outcomes[question]
+            if isinstance(outcome, BaseException):
+                outcome = self._ask([question])[question]  # alone, so that no neighbour takes its time or memory
+            name, shown = problems[same[0]].id, ascii(texts[same[0]][:100])
+            if isinstance(outcome, BaseException):
+                raise GradingError(printable(f"grading {name} {self._fault(outcome)}: {shown}")) from outcome
+            if isinstance(outcome, str):
+                self.over_limit += len(same)
+                times = f" ({len(same)} completions)" if len(same) > 1 else ""
+                tqdm.write(printable(f"grading {name} {outcome}{times}, reward 0: {shown}"))
+            else:
+                rewards_R[same] = outcome
         return rewards_R
+
+    def _ask(self, questions: list[Question]) -> dict[Question, float | str | BaseException]:
+        """Of each question the verdict, the limit that the answer broke, or the machine's error."""
+        assert self._pool is not None
+        outcomes: dict[Question, float | str | BaseException] = {}
+        limits = self._cpu_seconds, self._wall_seconds
+        try:
+            futures = [
+                self._pool.schedule(_in_time, args=(self._verify, *limits, *question), timeout=self._wall_seconds)
+                for question in questions
+            ]
+            for question, future in zip(questions, futures, strict=True):  # workers take them in this order
+                error = future.exception(timeout=self._wall_seconds + STARTING)
+                if isinstance(error, BrokenProcessPool):
+                    raise error
+                outcomes[question] = future.result() if error is None else self._limit(error) or error
+        except (TimeoutError, RuntimeError) as error:  # the pool is stuck, or broken
+            self._pool.stop()
+            self._pool.join()
+            self._pool = self._open_pool()
+            lost = error if isinstance(error, TimeoutError) else BrokenProcessPool(str(error))
+            outcomes = dict.fromkeys(questions, lost) | outcomes
+        return outcomes
+
+    def _limit(self, error: BaseException) -> str | None:
+        """The limit that an answer broke, in words; None: the answer is not to blame."""
+        ended = -error.exitcode if isinstance(error, ProcessExpired) else 0
+        if ended == signal.SIGPROF:
+            return f"took over {self._cpu_seconds:g} s of CPU time"
+        if isinstance(error, MemoryError):
+            return f"took over {MEMORY_LIMIT / 2**30:g} GiB of memory"
+        return f"crashed ({signal.Signals(ended).name})" if ended in CRASHES else None
+
+    def _fault(self, error: BaseException) -> str:
+        """The machine's error, in words."""
+        if isinstance(error, TimeoutError):
+            return (
+                f"took {self._wall_seconds:g} s and less than {self._cpu_seconds:g} s of CPU time: the grader waits, "
+                "or the machine is overloaded"
+            )
+        if isinstance(error, BrokenProcessPool):
+            return (
+                "failed, because workers end before they grade anything; a script that grades must do so below "
+                'if __name__ == "__main__":'
+            )
+        if isinstance(error, ProcessExpired):
+            return f"ended its worker (exit code {error.exitcode}; -9: killed, often for want of memory)"
+        return f"failed ({error!r})"
 
     def check_gold(self, problems: Sequence[Problem]) -> None:
         """Every gold answer, written as a model should, is correct; else a UsageError that names one which is not."""
@@ -162,13 +241,16 @@ def verify_math(answer: str, completion: str) -> float:
     """math-verify's opinion; may take for ever, all memory, or the process."""
     from math_verify import verify
 
-    gold, parsed = _parse_gold(answer), _parse(_window(completion))
+    gold, parsed = _parse_gold(answer), _parse(answer_text(completion))
     if not gold or not parsed or not verify(gold, parsed, timeout_seconds=None):
         return 0.0
-    if all(getattr(value, "is_number", False) and value.is_finite for value in (gold[0], parsed[0])):
-        a, b = gold[0].evalf(15), parsed[0].evalf(15)
-        size = max(abs(a), abs(b))
-        return float(not (size < 0.01 and abs(a - b) > 1e-4 * size))
+    try:
+        if all(getattr(value, "is_number", False) and value.is_finite for value in (gold[0], parsed[0])):
+            a, b = gold[0].evalf(15), parsed[0].evalf(15)
+            size = max(abs(a), abs(b))
+            return float(not (size < 0.01 and abs(a - b) > 1e-4 * size))
+    except (ArithmeticError, AttributeError, RecursionError, TypeError, ValueError):  # sympy's, about these numbers
+        return 0.0
     return 1.0
 
 
@@ -185,13 +267,21 @@ def _parse(text: str) -> Any:
     return parse(_readable(text), targets, parsing_timeout=None)  # alarms work in main threads only
 
 
-def _in_time(verify: Callable[[str, str], float], seconds: float, answer: str, completion: str) -> float:
-    """A task of a worker. The kernel ends one that outlives its parent, which then cannot, a second after its time."""
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_REAL, seconds + 1.0)
-    verdict = verify(answer, completion)
-    signal.setitimer(signal.ITIMER_REAL, 0.0)
-    return verdict
+def _in_time(
+    verify: Callable[[str, str], float], cpu_seconds: float, wall_seconds: float, answer: str, text: str
+) -> float:
+    """A task of a worker, which the kernel ends: at the CPU limit, and after the wall limit if the parent is dead."""
+    for timer, sign, seconds in (
+        (signal.ITIMER_PROF, signal.SIGPROF, cpu_seconds),
+        (signal.ITIMER_REAL, signal.SIGALRM, wall_seconds + 1.0),
+    ):
+        signal.signal(sign, signal.SIG_DFL)  # no handler of Python's: it would wait for a long multiplication
+        signal.setitimer(timer, seconds)
+    try:
+        return verify(answer, text)
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
 
 
 def _prepare_worker() -> None:
@@ -208,6 +298,22 @@ def _window(completion: str) -> str:
     text = completion.rpartition("</think>")[2]
     box = text.rfind("\\boxed")
     return text[max(0, box - BEFORE_BOX) : box + AFTER_BOX] if box >= 0 else text[-AFTER_BOX:]
+
+
+def answer_text(completion: str) -> str:
+    r"""What math-verify gets to read of a completion: the box, if there is one alone and closed, else all near the end.
+
+    What follows the box is kept where math-verify could heed it ("%", "final answer").
+
+    >>> answer_text(r"<think>Is it 3?</think> Hence, \boxed{x + 2}."), answer_text("<think>3?</think> 2x")
+    ('\\boxed{x + 2}', ' 2x')
+    """
+    window = _window(completion)
+    boxes = _boxes(window)
+    if len(boxes) != 1 or not boxes[0].strip() or len(re.findall(r"\\f?box", window)) != 1:
+        return window
+    after = window[window.index(f"{{{boxes[0]}}}", window.index("\\boxed")) + len(boxes[0]) + 2 :]
+    return window if re.search("%|percent|pct|final answer|I hope", after, re.IGNORECASE) else f"\\boxed{{{boxes[0]}}}"
 
 
 def _boxes(text: str) -> list[str]:

@@ -34,6 +34,7 @@ class Collected:
     batch: Batch  # this process' rows
     own_rewards: np.ndarray  # of these rows
     rewards_R: np.ndarray  # of all rows of the plan
+    graded: dict[str, float]  # the grader's metrics
     observed: dict[str, Any]  # the controller's metrics
 
 
@@ -67,11 +68,14 @@ def collect(
         rewards = grader.grade([chosen[p] for p in rollouts.owner_R.tolist()], rollouts.texts)
         rewards = flip_rewards(rewards, mine, len(plan.owner), config, step)
         rewards_R = np.array(workers.collect(mine, rewards.tolist(), len(plan.owner)))
+        graded = {}
+        if config.grader == "math":  # the others have no limits
+            graded["grade_limit_share"] = float(workers.total(np.array(grader.over_limit))) / len(plan.owner)
     with clock("controller"):
         observed = controller.observe(plan, rewards_R)
     with clock("update"):
         batch = make_batch(rollouts, rewards, plan, config)
-    return Collected(plan, chosen, batch, rewards, rewards_R, observed)
+    return Collected(plan, chosen, batch, rewards, rewards_R, graded, observed)
 
 
 def candidates(problems: Sequence[Problem], config: Config, step: int) -> list[Problem]:

@@ -103,7 +103,7 @@ def train(
 
             run.check_sampler(step, updated.get("sampler_gap", 0.0))
             sampled = summarise(collected.rewards_R, plan.owner, plan.weights, rollouts, workers)
-            run.log(step, {**sampled, **updated, **collected.observed}, clock, collected, batch)
+            run.log(step, {**sampled, **collected.graded, **updated, **collected.observed}, clock, collected, batch)
             stopping = 0 if run.refill.waiting else run.agree(stop.received)  # groups that wait are not saved
             run.evaluate_and_save(step, stopping)
             if stopping and step + 1 < config.steps:

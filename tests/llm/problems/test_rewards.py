@@ -1,5 +1,6 @@
 """Graders: what is right, what is nearly right, and completions that hang or kill the computer algebra."""
 
+import gc
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +17,21 @@ import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pebble.pool.channel import WorkerChannel
 
 from gdro_llm.config import Config, UsageError
+from gdro_llm.problems import rewards as grading
 from gdro_llm.problems.cells import cell_problems
 from gdro_llm.problems.problem import Problem
-from gdro_llm.problems.rewards import GRADERS, Grader, compare_boxed, last_boxed, verify_math
+from gdro_llm.problems.rewards import (
+    GRADERS,
+    Grader,
+    GradingError,
+    answer_text,
+    compare_boxed,
+    last_boxed,
+    verify_math,
+)
 
 SETS = {  # file: problems in the fast tests
     "math500": 25,
@@ -150,38 +162,203 @@ def test_the_last_box():
     assert last_boxed(r"\boxed{1") is None
 
 
-def hang_abort_or_eat(answer: str, completion: str) -> float:
+def burn(seconds: float) -> None:
+    """Use so much CPU time, however long that takes."""
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
+
+def misbehave(answer: str, completion: str) -> float:
     """Stands in for a verifier that fails in every way; otherwise right if the completion is the answer."""
-    if completion == "hang":
-        while True:
-            pass
-    if completion == "abort":
+    deed, _, file = completion.partition(" ")
+    if deed == "hang":
+        burn(1e9)
+    if deed == "abort":
         os.abort()
-    if completion == "eat":
+    if deed == "eat":
         return float(len(bytearray(64 * 2**30)))
-    if completion == "raise":
+    if deed == "raise":
         raise ZeroDivisionError("1/0")
-    return float(completion == answer)
+    if deed == "sleep":
+        time.sleep(1e9)
+    if deed == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if deed == "stick":  # as a worker that is killed while it takes a task: no other worker gets one any more
+        next(x for x in gc.get_objects() if isinstance(x, WorkerChannel)).mutex.acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+    if deed.startswith("once-") and not Path(file).exists():
+        Path(file).touch()
+        misbehave(answer, deed.removeprefix("once-"))
+    if deed == "meet":  # files "mine:theirs": wait for the other one, then hang
+        mine, theirs = map(Path, file.split(":"))
+        mine.touch()
+        while not theirs.exists():
+            time.sleep(0.01)
+        burn(1e9)
+    return float(deed == answer or deed.startswith("once-"))
 
 
 def test_a_completion_that_hangs_or_kills_its_worker_costs_that_sample_alone(capsys):
     """One zero and one line each, in bounded time; the others keep their rewards and places, then and later."""
-    texts = ["yes", "hang", "no", "abort", "yes", "eat", "raise", "yes", "no", "yes\x1b[2J"]
+    texts = ["yes", "hang", "no", "abort", "yes", "eat", "yes", "no", "yes\x1b[2J", "hang"]
     problems = [gold("yes", f"id{i}") for i in range(len(texts))]
-    with Grader(math_config(grade_workers=2, grade_seconds=0.5), hang_abort_or_eat) as grader:
+    with Grader(math_config(grade_workers=2, grade_seconds=0.5), misbehave) as grader:
         start = time.perf_counter()
-        assert grader.grade(problems, texts).tolist() == [1, 0, 0, 0, 1, 0, 0, 1, 0, 0]
+        assert grader.grade(problems, texts).tolist() == [1, 0, 0, 0, 1, 0, 1, 0, 0, 0]
         assert time.perf_counter() - start < 120, "a hang must end"  # 2 s on an idle machine
+        assert grader.over_limit == 4
         lines = capsys.readouterr().out.splitlines()
         for line, (i, text, why) in zip(
             lines,
-            [(1, "hang", "took over 0.5 s"), (3, "abort", ""), (5, "eat", "MemoryError"), (6, "raise", "1/0")],
+            [
+                (1, "hang", "took over 0.5 s of CPU time (2 completions)"),
+                (3, "abort", "crashed (SIGABRT)"),
+                (5, "eat", "took over 4 GiB of memory"),
+            ],
             strict=True,
         ):
-            assert f"id{i} " in line
-            assert line.endswith(f"reward 0: {text!r}")
-            assert why in line
+            assert line == f"grading id{i} {why}, reward 0: {text!r}"
         assert grader.grade(problems[:2], ["no", "yes"]).tolist() == [0, 1]
+        assert grader.over_limit == 0
+
+
+TOWER = r"\boxed{9^{9^{9^{9}}}}"  # math-verify never ends
+
+
+def test_an_endless_completion_costs_its_limit_once(capsys):
+    """512 of them, each after other reasoning, take one limit; right answers among them keep their reward."""
+    texts = [f"<think>{i}</think> Since $x = {i}$, it is {TOWER}." for i in range(512)]
+    texts[100] = r"\boxed{\pi+\pi}"
+    with Grader(math_config(grade_seconds=0.5)) as grader:
+        start = time.perf_counter()
+        rewards = grader.grade([gold(r"2\pi")] * 512, texts)
+        assert time.perf_counter() - start < 60  # 256 s if each were graded
+        assert rewards.tolist() == [float(i == 100) for i in range(512)]
+        assert grader.over_limit == 511
+        assert "(511 completions)" in capsys.readouterr().out
+        assert grader.grade([gold(r"\pi+\pi"), gold("x")], [r"$2\pi$", "$2x$"]).tolist() == [1, 0]  # and goes on
+
+
+def test_hanging_completions_share_the_workers(tmp_path):
+    """Each waits for the other one to hang: one after the other, the first would wait for ever."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    with Grader(math_config(grade_workers=2, grade_seconds=0.5), misbehave) as grader:
+        assert grader.grade([gold("x")] * 3, [f"meet {a}:{b}", f"meet {b}:{a}", "x"]).tolist() == [0, 0, 1]
+        assert grader.over_limit == 2
+
+
+def test_graded_once_for_each_gold_answer_and_text(tmp_path):
+    """The same text is another question for another gold answer; the order of the rows does not matter."""
+    log = tmp_path / "log"
+    rows = [("2x", "$x+x$"), ("3x", "$x+x$"), ("2x", "$x+x$"), ("2x", "$3x$"), ("3x", "$3x$"), ("3x", "$x+x$")]
+    with Grader(math_config(grade_workers=2), partial(noted, str(log))) as grader:
+        rewards = grader.grade([gold(answer) for answer, _ in rows], [text for _, text in rows])
+    assert rewards.tolist() == [1, 0, 1, 0, 1, 0]
+    assert sorted(log.read_text().splitlines()) == sorted(f"{a} {t}" for a, t in set(rows))
+
+
+def noted(log: str, answer: str, text: str) -> float:
+    """`verify_math`, with a line in a file."""
+    with open(log, "a") as file:
+        file.write(f"{answer} {text}\n")
+    return verify_math(answer, text)
+
+
+def slow_but_right(answer: str, text: str) -> float:
+    """0.4 s of CPU time on the machine's first core; the wall time that took is noted in a file."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    start = time.monotonic()
+    burn(0.4)
+    Path(text).write_text(str(time.monotonic() - start))
+    return 1.0
+
+
+HOG = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\nwhile True: pass"
+
+
+def test_a_busy_machine_turns_no_right_answer_wrong(tmp_path):
+    """An answer that needs more wall time than its limit, for a crowd on its core, is right within its CPU time."""
+    hogs = [subprocess.Popen([sys.executable, "-c", HOG]) for _ in range(3)]
+    try:
+        with Grader(math_config(grade_seconds=0.8), slow_but_right) as grader:
+            assert grader.grade([gold("x")], [str(tmp_path / "time")]).tolist() == [1]
+            assert grader.over_limit == 0
+    finally:
+        for hog in hogs:
+            hog.kill()
+            hog.wait()
+    assert float((tmp_path / "time").read_text()) > 0.9, "the machine was not busy enough for a test"
+
+
+def test_an_error_of_the_machine_is_no_wrong_answer(tmp_path):
+    """Graded once more, it changes nothing; the second time it is an error, and the next batch is graded."""
+    with Grader(math_config(grade_seconds=0.05), misbehave) as grader:
+        texts = ["x", *(f"once-{deed} {tmp_path / deed}" for deed in ("raise", "die", "sleep")), "y", "hang"]
+        assert grader.grade([gold("x")] * 6, texts).tolist() == [1, 1, 1, 1, 0, 0]
+        assert grader.over_limit == 1
+        for text, why in [
+            ("raise", r"grading a failed \(ZeroDivisionError\('1/0'\)\): 'raise'"),
+            ("die", r"grading a ended its worker \(exit code -9;"),
+            ("sleep", r"grading a took 1 s and less than 0.05 s of CPU time: the grader waits"),
+        ]:
+            with pytest.raises(GradingError, match=why):
+                grader.grade([gold("x")] * 2, ["x", text])
+            assert grader.grade([gold("x")], ["x"]).tolist() == [1]
+
+
+@pytest.mark.slow
+def test_a_pool_that_is_stuck_is_opened_anew(tmp_path, monkeypatch):
+    """Its workers wait for a lock that nobody returns; no answer is wrong for it."""
+    with Grader(math_config(grade_seconds=0.1), misbehave) as grader:
+        assert grader.grade([gold("x")], ["x"]).tolist() == [1]
+        monkeypatch.setattr(grading, "STARTING", 15.0)
+        texts = ["x", f"once-stick {tmp_path / 'done'}", "y", "x "]
+        assert grader.grade([gold("x")] * 4, texts).tolist() == [1, 1, 0, 1]
+
+
+def test_a_script_without_a_main_guard_gets_no_wrong_rewards(tmp_path):
+    """Its workers start it anew and end; right answers must not become 0."""
+    script = tmp_path / "script.py"
+    script.write_text(ORPHAN.replace('if __name__ == "__main__":', "if True:"))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "GradingError: grading a failed, because workers end before they grade" in done.stderr
+    assert 'if __name__ == "__main__":' in done.stderr
+
+
+def test_what_a_grader_reads_is_the_box_where_there_is_one():
+    """Where boxes are several, none or open, or what follows may change the meaning, it reads all near the end."""
+    assert answer_text(r"<think>\boxed{1}</think> As $y=1$, $\boxed { \frac{x}{\{2\}} }$; done.") == (
+        r"\boxed{ \frac{x}{\{2\}} }"
+    )
+    for text in (
+        r"\boxed{1} or \boxed{2}",
+        r"\fbox{1} \boxed{2}",
+        "12",
+        r"\boxed{ }",
+        r"\boxed{1",
+        r"$\boxed{10}$ %, not 10 or \{10\} or {10}",
+        r"\boxed{10} percent",
+        r"\boxed{x}. The final answer is $y$. I hope it is correct.",
+    ):
+        assert answer_text(text) == text
+    assert GRADERS["math"](gold("x+1"), r"$x+1$, or \boxed{\frac{}}") == 0.0
+
+
+@pytest.mark.parametrize("answer", [answer for name, answer, *_ in TABLE if name == "math"])
+def test_math_verify_takes_the_box_alone_for_the_whole(answer, monkeypatch):
+    """What `answer_text` leaves out changes no verdict."""
+    contents = dict.fromkeys([answer, *(other for name, other, *_ in TABLE if name == "math")][:12])
+    texts = [
+        around.replace("%s", content)
+        for content in contents
+        for around in ("Since $y=2$, it is $\\boxed{%s}$.", "**Final Answer**\n\\[ t = \\boxed{%s} \\] with $t > 7$")
+    ]
+    assert all(len(answer_text(text)) < len(text) for text in texts)
+    alone = [verify_math(answer, text) for text in texts]
+    monkeypatch.setattr(grading, "answer_text", lambda text: text)
+    assert alone == [verify_math(answer, text) for text in texts]
 
 
 def test_a_logged_completion_cannot_write_control_codes(capsys):

@@ -1,6 +1,7 @@
 """Prompts without rollouts (the recommended controller): in the plan, in no sample, no loss and no mean."""
 
 import math
+from types import SimpleNamespace
 
 import literal
 import numpy as np
@@ -180,6 +181,18 @@ def test_a_process_without_rows_goes_through_a_step(run_config, tiny, monkeypatc
     assert collected.rewards_R.tolist() == [0.0, 1.0] * 4
     assert collected.batch.advantages_R.size == collected.batch.scale_R.size == 0
     assert controller.state_dict()["step"] == 1
+
+
+@pytest.mark.parametrize(("name", "graded"), [("math", {"grade_limit_share": 3 / 8}), ("exact", {})])
+def test_answers_that_broke_the_graders_limits_are_counted(name, graded, run_config, tiny):
+    """As a share of the step's rollouts, where the grader has limits."""
+    config = run_config(**PASSING, batch_size=2, candidates=1, max_rollouts=8, grader=name)
+    problems, _ = load_problems(config)
+    grader = SimpleNamespace(grade=lambda problems, texts: np.zeros(len(texts)), over_limit=3)
+    sampler = HFSampler(tiny, config)
+    workers, clock = Workers(0, 1), Clock(tiny.device)
+    collected = collect(0, problems, build_controller(config), sampler, grader, config, workers, clock)
+    assert collected.graded == graded
 
 
 @pytest.mark.parametrize("parts", [1, 3, 4])
