@@ -18,10 +18,11 @@ from gdro_core.adversaries import (
     RunningMeans,
 )
 from gdro_core.agreement import guarded_share
-from gdro_core.allocation import frontier_allocation, greedy_allocation, sqrt_allocation
+from gdro_core.allocation import frontier_allocation, greedy_allocation, sqrt_allocation, token_allocation
 from gdro_core.ambiguity import BestResponse, chi_square, cvar, entropic
 from gdro_core.components import Estimate, VarianceComponents, ratio_interval
 from gdro_core.controller import GDROController, Observation, Plan, Planner
+from gdro_core.costs import TokenBudget, TokenCosts
 from gdro_core.difficulty import OnlineDifficultyClassifier, PassAtK, PassRate, Statistic, equal_edges
 from gdro_core.grpo import decoupling_price, gradient_variance, gradient_weight, mixed_group_probability
 from gdro_core.prompt_game import ERROR, LEARNABILITY, Payoff, PromptGDRO, prompt_payoff
@@ -119,6 +120,8 @@ __all__ = [
     "RunningMeans",
     "ShadowPrice",
     "Statistic",
+    "TokenBudget",
+    "TokenCosts",
     "TsallisINF",
     "Utility",
     "VarianceComponents",
@@ -173,6 +176,7 @@ __all__ = [
     "sqrt_allocation",
     "staged_advantages",
     "step_cosine",
+    "token_allocation",
     "tracking_complexity",
     "truncated_mean",
     "tsallis_inf_bound",

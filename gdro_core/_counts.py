@@ -153,3 +153,106 @@ def _settle(columns: Floats, order: Ints, counts: Ints, left: int) -> Ints:
     if best:
         counts[free[unfunded[best].argmax()]] = best
     return counts
+
+
+def token_counts(
+    table: Floats,
+    cost: Floats,
+    budget: float,
+    room: int,
+    low: int,
+    *,
+    baseline: bool,
+    rng: np.random.Generator | None = None,
+) -> tuple[Ints, float]:
+    """`token_allocation` of a (N, A) table of n = low, low + 1, ...: counts, and the best gain a token still for sale.
+
+    With `baseline`, `low` is 0 and rows, 0 at n = 1, are concave from there on; else they are concave.
+    """
+    order = np.arange(cost.size) if rng is None else rng.permutation(cost.size)  # the first of equal prompts wins
+    shop = _Shop(table[order], cost[order], low, baseline=baseline)
+    plans = [shop.plan(budget, room)]
+    equal = min(int(budget * (1.0 + 1e-12) / cost.sum()), room // cost.size, low + table.shape[1] - 1)
+    if equal > low + 1:  # no plan is below that of equal counts
+        plans.append(_Shop(table[order, equal - low :], cost[order], equal, baseline=False).plan(budget, room))
+    best = max(plans, key=lambda plan: float(shop.value(plan)))
+    counts = np.empty(cost.size, dtype=np.int64)
+    counts[order] = best
+    return counts, shop.price(best)
+
+
+class _Shop:
+    """What is for sale: rollouts one by one, but for the line of a row that pays for a baseline first.
+
+    Args:
+        table: (N, A) utilities of n = low, low + 1, ...
+        cost: (N,) tokens of a rollout.
+        low: rollouts that every row has.
+        baseline: whether the first rollout is worth nothing.
+    """
+
+    def __init__(self, table: Floats, cost: Floats, low: int, *, baseline: bool) -> None:
+        self.table, self.cost, self.low = table, cost, low
+        self.gains = np.diff(table, axis=1)  # (N, A - 1)
+        self.size = np.ones(self.gains.shape, dtype=np.int64)  # rollouts of each piece; 0: part of the line before it
+        self.line = np.ones(cost.size, dtype=np.int64)
+        if baseline:
+            rate, self.line = _lines(np.ascontiguousarray(table.T))
+            inside = np.arange(self.gains.shape[1]) < self.line[:, None]
+            self.gains = np.where(inside, rate[:, None], self.gains)
+            self.size[inside] = 0
+            self.size[:, 0] = self.line
+        self.gains = np.minimum.accumulate(self.gains, axis=1)
+
+    def plan(self, budget: float, room: int) -> Ints:
+        """(N,) counts by gain a token; where that is cut off by `room`, by gain over tokens and rollouts mixed."""
+        tokens, rollouts = budget - self.low * float(self.cost.sum()), room - self.low * self.cost.size
+        counts, crowded = self._fill(0.0, tokens, rollouts)
+        if not crowded:
+            return counts
+        few, many = 0.0, 1.0
+        plans = [counts, self._fill(1.0, tokens, rollouts)[0]]
+        for _ in range(8):
+            middle = 0.5 * (few + many)
+            counts, crowded = self._fill(middle, tokens, rollouts)
+            plans.append(counts)
+            few, many = (middle, many) if crowded else (few, middle)
+        return max(plans, key=lambda plan: float(self.value(plan)))
+
+    def value(self, counts: Ints) -> Floats:
+        """Sum of utilities."""
+        return np.asarray(self.table[np.arange(counts.size), counts - self.low].sum())
+
+    def price(self, counts: Ints) -> float:
+        """Largest gain per token of a piece still for sale."""
+        step = np.minimum(counts - self.low, self.gains.shape[1] - 1)
+        gain = self.gains[np.arange(counts.size), step] / self.cost
+        return float(gain[counts - self.low < self.gains.shape[1]].max(initial=0.0))
+
+    def _fill(self, mix: float, tokens: float, rollouts: int) -> tuple[Ints, bool]:
+        """Greedy by gain over (1 - mix) tokens + mix rollouts of mean cost, and whether rollouts ran out first."""
+        charge = (1.0 - mix) * self.cost + mix * self.cost.mean()
+        kept = np.flatnonzero(self.size)
+        rows, size = kept // max(self.gains[0].size, 1), self.size.ravel()[kept]
+        best = np.argsort(-self.gains.ravel()[kept] / charge[rows], kind="stable")
+        rows, size = rows[best], size[best]
+        spent, used = np.cumsum(size * self.cost[rows]), np.cumsum(size)
+        budget = tokens * (1.0 + 1e-12)
+        whole = int(min(np.searchsorted(spent, budget, "right"), np.searchsorted(used, rollouts, "right")))
+        crowded = whole < size.size and bool(used[whole] > rollouts) and bool(spent[whole] <= budget)
+        extra = np.bincount(rows[:whole], size[:whole], self.cost.size).astype(np.int64)
+        left = budget - (float(spent[whole - 1]) if whole else 0.0)
+        room = rollouts - (int(used[whole - 1]) if whole else 0)
+        everyone, most = np.arange(self.cost.size), self.gains[0].size
+        while True:  # what is left over: the best gain a charge that still fits, of a line also a part
+            fits = np.minimum(left / self.cost, room).astype(np.int64)
+            more = np.minimum(np.minimum(np.where(extra == 0, self.line, 1), fits), most - extra)
+            gain = self.table[everyone, extra + more] - self.table[everyone, extra]
+            sold = more >= np.where((extra == 0) & (self.line > 1), 2, 1)
+            rate = np.where(sold, np.maximum(gain, 0.0) / (np.maximum(more, 1) * charge), -1.0)
+            row = int(rate.argmax())
+            if not sold[row]:
+                return extra + self.low, crowded
+            extra[row] += more[row]
+            left -= float(more[row] * self.cost[row])
+            room -= int(more[row])

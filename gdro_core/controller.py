@@ -13,7 +13,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import ArrayLike
 
-from gdro_core._old_states import controller_1, controller_2, controller_3
+from gdro_core._old_states import controller_1, controller_2, controller_3, controller_4
 from gdro_core._validate import (
     Floats,
     Ints,
@@ -27,6 +27,7 @@ from gdro_core._validate import (
 )
 from gdro_core.adversaries import Adversary, Entropic
 from gdro_core.components import VarianceComponents
+from gdro_core.costs import TokenBudget
 from gdro_core.difficulty import OnlineDifficultyClassifier, equal_edges
 from gdro_core.grpo import gradient_weight
 from gdro_core.prompt_game import PromptGDRO
@@ -52,6 +53,7 @@ class Plan:
     step: int  # number of observations the controller had made
     rest: int = 0  # rollouts that `GDROController.replan` will hand out once these are graded
     first: Ints | None = None  # (N,) of the counts, those of the first stage; None: all
+    batch: int | None = None  # the first so many prompts set a budget of tokens by n_bar rollouts each; None: no such
 
     @property
     def owner(self) -> Ints:
@@ -94,18 +96,23 @@ class Observation:
     plan: Plan
     correct: Floats  # (N,) summed rewards
     trials: Ints  # (N,) rollouts graded, at most plan.counts
+    tokens: Floats | None = None  # (N,) tokens of the graded rollouts, if they were counted
 
     @classmethod
-    def of(cls, plan: Plan, rewards: ArrayLike, rows: ArrayLike | None = None) -> Observation:
+    def of(
+        cls, plan: Plan, rewards: ArrayLike, rows: ArrayLike | None = None, *, tokens: ArrayLike | None = None
+    ) -> Observation:
         """Sum the rewards of some rollouts, or of all, by prompt.
 
         Args:
             plan: what `plan` returned.
             rewards: (M,) in [0, 1]; 1 is correct, fractions are partial credit. Map a ±1 reward by (r + 1) / 2.
             rows: (M,) distinct flat rollout rows as in `plan.owner`; None: all, in plan order.
+            tokens: (M,) above 0, of prompt and completion (`gdro_core.costs`); only a budget of tokens needs them.
 
         Raises:
-            ValueError: rewards of another length, outside [0, 1] or not finite; rows out of range or repeated.
+            ValueError: rewards of another length, outside [0, 1] or not finite; rows out of range or repeated; tokens
+                of another length or not above 0.
         """
         owner = plan.owner
         if rows is not None:
@@ -116,7 +123,13 @@ class Observation:
         reward = floats("rewards", rewards, owner.shape, 0.0, 1.0)
         size = len(plan.ids)
         correct = np.bincount(owner, weights=reward, minlength=size).astype(np.float64)
-        return cls(plan, correct, plan.counts.copy() if rows is None else np.bincount(owner, minlength=size))
+        trials = plan.counts.copy() if rows is None else np.bincount(owner, minlength=size)
+        if tokens is None:
+            return cls(plan, correct, trials)
+        length = floats("tokens", tokens, owner.shape, 0.0)
+        if not length.all():
+            raise ValueError("tokens must be above 0, got 0.0")
+        return cls(plan, correct, trials, np.bincount(owner, length, size).astype(np.float64))
 
     @classmethod
     def of_plan(cls, plan: Plan, rewards: ArrayLike | Observation) -> Observation:
@@ -142,7 +155,10 @@ class Observation:
         if (trials > self.plan.counts).any():
             repeated = self.plan.ids[int(np.argmax(trials > self.plan.counts))]
             raise ValueError(f"observations must not share rollouts, got too many of {repeated!r}")
-        return Observation(self.plan, self.correct + other.correct, trials)
+        if (self.tokens is None) != (other.tokens is None):
+            raise ValueError("observations must both have tokens or none, got one with and one without")
+        tokens = None if self.tokens is None or other.tokens is None else self.tokens + other.tokens
+        return Observation(self.plan, self.correct + other.correct, trials, tokens)
 
     def by_bin(self, num_bins: int) -> dict[str, Any]:
         """What the batch was, per bin (lists of B, None for a bin without prompts) and in all.
@@ -155,12 +171,21 @@ class Observation:
         error = 1.0 - self.correct / np.maximum(self.trials, 1)
         mixed = (self.correct > 0) & (self.correct < self.trials)
         rows = _rows_of(plan.bins, num_bins)
+        cost = {}
+        if self.tokens is not None:
+            drawn = np.bincount(plan.bins + 1, self.trials, num_bins + 1).astype(np.int64)
+            cost = {
+                "tokens": float(self.tokens.sum() / max(int(self.trials.sum()), 1)),
+                "bin_tokens": _means(plan.bins, self.tokens, drawn),
+                "wasted_tokens_share": float(self.tokens[~mixed].sum() / (self.tokens.sum() or 1.0)),
+            }
         return {
             "bin_share": (rows[1:] / len(plan.ids)).tolist(),
             "unseen_share": float(rows[0] / len(plan.ids)),
             "bin_error": _means(plan.bins, error * graded, _rows_of(plan.bins[graded], num_bins)),
             "bin_rollouts": _means(plan.bins, plan.counts, rows),
             "wasted_share": float(self.trials[~mixed].sum() / max(int(self.trials.sum()), 1)),
+            **cost,
         }
 
     def steering(self, num_bins: int) -> dict[str, Any]:
@@ -264,6 +289,9 @@ class GDROController:
             Until that is known well enough, the utility's own kappa is used.
         pilot: n_1, rollouts of a prompt of which nothing is known before `replan` decides about its others; 0: no
             second stage. At least 2 and n_min, at most n_bar. Not with `per_bin`, `permute` or `preserve_objective`.
+        tokens: the budget is not rollouts but what they cost: the expected tokens of a plan are those of n_bar rollouts
+            for each prompt of the batch, and errors of that are paid back. `observe` then needs tokens. Needs a rollout
+            game per prompt; not with `pilot`, whose rest is counted in rollouts.
         seed: decides ties.
 
     >>> controller = GDROController.recommended(mean_rollouts=4, seed=0)
@@ -286,6 +314,7 @@ class GDROController:
         preserve_objective: bool = False,
         components: VarianceComponents | None = None,
         pilot: int = 0,
+        tokens: TokenBudget | None = None,
         seed: int = 0,
     ) -> None:
         if prompt is not None and prompt.num_bins != classifier.num_bins:
@@ -297,6 +326,14 @@ class GDROController:
             if rollout is None or rollout.per_bin or rollout.permute or preserve_objective:
                 raise ValueError(f"pilot needs a rollout game per prompt and weights of one stage, got {rollout!r}")
             check_number("pilot", self.pilot, max(2, rollout.min_rollouts), rollout.mean_rollouts)
+        if tokens is not None:
+            if rollout is None or rollout.per_bin or rollout.permute or self.pilot:
+                raise ValueError(f"tokens need a rollout game per prompt and no pilot, got {rollout!r}, pilot={pilot}")
+            if tokens.costs.num_bins != classifier.num_bins:
+                raise ValueError(
+                    f"num_bins of tokens must equal the classifier's {classifier.num_bins}, got {tokens.costs.num_bins}"
+                )
+        self.tokens = tokens
         if (rollout is None) == (mean_rollouts is None):
             raise ValueError(
                 f"exactly one of rollout and mean_rollouts must be given, got mean_rollouts={mean_rollouts!r}"
@@ -338,6 +375,7 @@ class GDROController:
         kappa: float = 0.5,
         error: float = 0.0,
         pilot: int = 0,
+        tokens: TokenBudget | None = None,
         seed: int = 0,
     ) -> Self:
         """What measured best so far: counts by the frontier law (theorem 16), with a mild tilt to hard prompts.
@@ -359,6 +397,7 @@ class GDROController:
             kappa: of `signal`, until `observe_gradients` has told enough to estimate it.
             error: probability that the verifier turns a grade round.
             pilot: rollouts of unseen prompts in a first stage, see `replan`; 0 for one stage.
+            tokens: `TokenBudget()` for steps that cost n_bar rollouts each in tokens; None: in rollouts.
             seed: decides ties.
 
         Raises:
@@ -374,6 +413,7 @@ class GDROController:
             RolloutGDRO(mean_rollouts, min_rollouts, max_rollouts, signal(kappa, error)),
             components=VarianceComponents(num_bins, discount=COMPONENTS_DISCOUNT),
             pilot=pilot,
+            tokens=tokens,
             seed=seed,
         )
 
@@ -430,7 +470,7 @@ class GDROController:
         bins = self.classifier.bins(names)
         a, b = self.classifier.posterior(names)
         weights = np.ones(len(names)) if self.prompt is None else self.prompt.weights(bins)
-        rollout, price, rest = self._rollout_game(), 0.0, 0
+        rollout, price, rest, batch = self._rollout_game(), 0.0, 0, None
         if rollout is None:
             if budget not in (None, len(names) * self.mean_rollouts):
                 raise ValueError(f"budget must be None without a rollout game, got {budget}")
@@ -441,7 +481,17 @@ class GDROController:
             if rollout.min_rollouts == 0:
                 evidence = a + b - sum(self.classifier.prior)
                 groups = np.where(evidence < FORGOTTEN * rollout.mean_rollouts, -1, bins)
-            counts, price = rollout.allocate(groups, a, b, weights if self.joint else None, budget=budget, rng=rng)
+            omega = weights if self.joint else None
+            if self.tokens is None:
+                counts, price = rollout.allocate(groups, a, b, omega, budget=budget, rng=rng)
+            else:
+                batch = len(names) if budget is None else min(len(names), int(budget / rollout.mean_rollouts + 1e-9))
+                costs = self.tokens.costs.expected(names)
+                tokens = self.tokens.allowance(rollout.mean_rollouts * float(costs[:batch].sum()))
+                most = int(self.tokens.most * rollout.mean_rollouts * batch)
+                counts, price = rollout.allocate_tokens(
+                    groups, a, b, omega, costs=costs, tokens=tokens, most=most, budget=budget, rng=rng
+                )
             if self.pilot:
                 whole = int(counts.sum())
                 counts = np.where(groups < 0, np.minimum(counts, self.pilot), counts)
@@ -452,7 +502,7 @@ class GDROController:
             weights = weights * gradient_weight(rollout.mean_rollouts, p) / gradient_weight(counts, p)
         else:
             weights = _batch_weights(VARIANCE if rollout is None else rollout.utility, a, b, counts, weights)
-        return Plan(tuple(names), bins, weights, counts, price, self._step, rest)
+        return Plan(tuple(names), bins, weights, counts, price, self._step, rest, batch=batch)
 
     def replan(self, plan: Plan, rewards: ArrayLike | Observation) -> Plan:
         """Commit: the same plan with the rest of its budget handed out by what its first stage has shown.
@@ -532,14 +582,25 @@ class GDROController:
         observation = Observation.of_plan(plan, rewards)
         if plan.rest:
             raise ValueError(f"plan must be whole, got one with {plan.rest} rollouts left for `replan`")
+        if self.tokens is not None and observation.tokens is None:
+            raise ValueError("rewards must be an observation with tokens: Observation.of(plan, rewards, tokens=...)")
         if self.prompt is not None:
             payoff = self.prompt.payoff
             graded = observation.trials >= payoff.fewest
             gains = payoff.of(observation.correct[graded], observation.trials[graded])
             self.prompt.observe(plan.bins[graded], gains)
         self.classifier.observe(plan.ids, observation.correct, observation.trials)
+        if self.tokens is not None and observation.tokens is not None:
+            self._settle(self.tokens, observation, observation.tokens)
         self._step += 1
         return self.metrics(observation)
+
+    def _settle(self, budget: TokenBudget, observation: Observation, tokens: Floats) -> None:
+        """Count the step's tokens, and what n_bar rollouts of each prompt of the batch would have cost."""
+        plan, trials = observation.plan, observation.trials
+        budget.costs.observe(plan.ids, self.classifier.bins(plan.ids), trials, tokens)
+        costs = np.where(trials > 0, tokens / np.maximum(trials, 1), budget.costs.expected(plan.ids))
+        budget.settle(float(tokens.sum()), self.mean_rollouts * float(costs[: plan.batch].sum()))
 
     def observe_gradients(
         self, plan: Plan, rows: ArrayLike, first: ArrayLike, second: ArrayLike, correct: ArrayLike, trials: ArrayLike
@@ -567,7 +628,8 @@ class GDROController:
             these, and learnable_share, solved_share, unsolved_share: of the batch's prompts, by whether n_bar rollouts
             are now more likely than not to have both outcomes, else by the pass rate (the rest was never sampled);
             bin_probability: q_b (prompt game only); kappa, cosine between the gradients of two prompts, and group_size,
-            the best one at p = 1/2 (with components only; None while unknown).
+            the best one at p = 1/2 (with components only; None while unknown); tokens_excess, those of the run so far
+            over the uniform plans', less 1 (with a budget of tokens only).
         """
         plan = observation.plan
         metrics = observation.by_bin(self.classifier.num_bins)
@@ -583,12 +645,13 @@ class GDROController:
         if self.components is not None:
             size = None if not self.kappa else float(best_group_size(self.kappa, 0.25))
             metrics |= {"kappa": self.kappa, "cosine": self.components.cosine, "group_size": size}
+        if self.tokens is not None:
+            metrics["tokens_excess"] = self.tokens.excess
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
         """All memory as plain lists and numbers; `load_state_dict` continues bit for bit."""
-        parts = {"classifier": self.classifier, "prompt": self.prompt, "components": self.components}
-        saved = {name: None if part is None else part.state_dict() for name, part in parts.items()}
+        saved = {name: None if part is None else part.state_dict() for name, part in self._parts().items()}
         return {**self._settings(), "step": self._step, **saved}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -597,17 +660,21 @@ class GDROController:
         Raises:
             ValueError: other parts, settings, shapes or version; nothing has changed then.
         """
-        for version, newer in ((1, controller_1), (2, controller_2), (3, controller_3)):
+        for version, newer in ((1, controller_1), (2, controller_2), (3, controller_3), (4, controller_4)):
             if saved.get("version") == version:
                 saved = newer(saved)
-        parts = {"classifier": self.classifier, "prompt": self.prompt, "components": self.components}
+        parts = self._parts()
         check_state("GDROController", saved, self._settings(), ("step", *parts))
         step = integer("step", saved["step"], 0)
         load_parts("GDROController", parts, saved)
         self._step, self._kappa = step, self._learnt_kappa()
 
+    def _parts(self) -> dict[str, Any]:
+        parts = {"classifier": self.classifier, "prompt": self.prompt}
+        return {**parts, "components": self.components, "tokens": self.tokens}
+
     def _settings(self) -> dict[str, Any]:
         names = ("seed", "joint", "preserve_objective", "pilot")
-        settings = {"version": 4, **{name: getattr(self, name) for name in names}}
+        settings = {"version": 5, **{name: getattr(self, name) for name in names}}
         rollout = None if self.rollout is None else self.rollout.settings()
         return {**settings, "mean_rollouts": self._mean_rollouts, "rollout": rollout}

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from gdro_core._budget import checked_bounds, split_budget
-from gdro_core._counts import frontier_counts, greedy_counts
-from gdro_core._validate import Floats, Ints, floats, integers
+from gdro_core._counts import frontier_counts, greedy_counts, token_counts
+from gdro_core._validate import Floats, Ints, floats, integer, integers, number
 from gdro_core.theory.paths import exact_budget_allocation
 from gdro_core.utilities import VARIANCE, Utility
 
@@ -109,21 +109,11 @@ class RolloutGDRO:
         """
         if rng is None and self.permute:
             raise ValueError("rng must be given with permute, got None")
-        group = integers("bins", bins, (-1,), -1, 2**31)
-        alpha, beta = floats("a", a, group.shape, 0.0), floats("b", b, group.shape, 0.0)
-        if not (alpha.all() and beta.all()):
-            raise ValueError(f"{'b' if alpha.all() else 'a'} must be above 0, got 0.0")
-        omega = np.ones(group.shape) if weights is None else floats("weights", weights, group.shape, 0.0)
-        low = self.min_rollouts
-        if budget is not None and not low * group.size <= budget <= self.mean_rollouts * group.size:
-            most = self.mean_rollouts * group.size
-            raise ValueError(f"budget must lie in [{low * group.size}, {most:g}] for these prompts, got {budget}")
-        counts, seen, rest = split_budget(group, self.mean_rollouts, budget)
+        group, counts, seen, rest = self._split(bins, budget)
+        utility = self._utility(group, a, b, weights, seen)
         if seen.size == 0:
             return counts, 0.0
-        scale = omega[seen] ** self.utility.weight_power
-        table = self.utility.table(alpha[seen, None], beta[seen, None], self.arms)
-        utility = table * scale[:, None]
+        low = self.min_rollouts
         if self.per_bin:
             present, member, size = np.unique(group[seen], return_inverse=True, return_counts=True)
             total_utility = np.zeros((present.size, self.arms.size))
@@ -131,11 +121,8 @@ class RolloutGDRO:
             of_bin = exact_budget_allocation(total_utility, size, rest, min_rollouts=low, rng=rng)
             counts[seen], price = of_bin[member], _gain_for_sale(total_utility / size[:, None], of_bin - low)
         else:
-            gains, fixed_cost = np.diff(utility, axis=1), low < self.utility.concave_from
-            bend = float(np.diff(gains[:, 1:] if fixed_cost else gains, axis=1).max(initial=0.0))
-            if bend > 1e-9 and bend > 1e-9 * float(np.abs(utility).max()):
-                raise ValueError(f"utility must be concave from n = {max(low, 1)} on, got {self.utility.name!r}")
-            if fixed_cost:
+            gains = self._concave(utility)
+            if low < self.utility.concave_from:
                 counts[seen], price = frontier_counts(utility, rest, rng)
             else:
                 counts[seen] = greedy_counts(gains, rest, low, rng)
@@ -145,6 +132,80 @@ class RolloutGDRO:
         if self.permute and rng is not None:
             counts[seen] = rng.permutation(counts[seen])
         return counts, price
+
+    def allocate_tokens(
+        self,
+        bins: ArrayLike,
+        a: ArrayLike,
+        b: ArrayLike,
+        weights: ArrayLike | None = None,
+        *,
+        costs: ArrayLike,
+        tokens: float,
+        most: int,
+        budget: int | None = None,
+        rng: np.random.Generator | None = None,
+    ) -> tuple[Ints, float]:
+        """As `allocate`, where the budget is the expected tokens of all rollouts (`token_allocation`, theorem 22).
+
+        Args:
+            bins, a, b, weights, rng: as in `allocate`.
+            costs: (N,) > 0, expected tokens of a rollout of each prompt.
+            tokens: in all; what prompts never seen leave of it is for the others, who get n_min in any case.
+            most: most rollouts in all, unless n_bar for each prompt never seen and n_min for the others are more.
+            budget: as in `allocate`; here it says which prompts are the batch.
+
+        Returns:
+            counts: (N,) integers, never seen prompts n_bar, the others n_min..n_max.
+            price: largest gain per token still for sale [utility / token].
+
+        Raises:
+            ValueError: a bad argument, `per_bin` or `permute`, or a utility that is not concave.
+        """
+        if self.per_bin or self.permute:
+            raise ValueError(f"allocate_tokens needs one count a prompt, by what it is worth, got {self!r}")
+        group, counts, seen, _ = self._split(bins, budget)
+        cost = floats("costs", costs, group.shape, 0.0)
+        if not cost.all():
+            raise ValueError("costs must be above 0, got 0.0")
+        utility = self._utility(group, a, b, weights, seen)
+        if seen.size == 0:
+            return counts, 0.0
+        self._concave(utility)
+        low = self.min_rollouts
+        left = max(number("tokens", tokens, 0.0) - float(counts @ cost), low * float(cost[seen].sum()))
+        room = max(integer("most", most, 0) - int(counts.sum()), low * seen.size)
+        baseline = low < self.utility.concave_from
+        counts[seen], price = token_counts(utility, cost[seen], left, room, low, baseline=baseline, rng=rng)
+        return counts, price
+
+    def _split(self, bins: ArrayLike, budget: int | None) -> tuple[Ints, Ints, Ints, int]:
+        """The bins, and `split_budget` of them."""
+        group, low = integers("bins", bins, (-1,), -1, 2**31), self.min_rollouts
+        if budget is not None and not low * group.size <= budget <= self.mean_rollouts * group.size:
+            most = self.mean_rollouts * group.size
+            raise ValueError(f"budget must lie in [{low * group.size}, {most:g}] for these prompts, got {budget}")
+        return (group, *split_budget(group, self.mean_rollouts, budget))
+
+    def _utility(self, group: Ints, a: ArrayLike, b: ArrayLike, weights: ArrayLike | None, seen: Ints) -> Floats:
+        """(seen, A) utility of every number of rollouts."""
+        alpha, beta = floats("a", a, group.shape, 0.0), floats("b", b, group.shape, 0.0)
+        if not (alpha.all() and beta.all()):
+            raise ValueError(f"{'b' if alpha.all() else 'a'} must be above 0, got 0.0")
+        omega = np.ones(group.shape) if weights is None else floats("weights", weights, group.shape, 0.0)
+        if seen.size == 0:
+            return np.zeros((0, self.arms.size))
+        scale = omega[seen] ** self.utility.weight_power
+        return np.asarray(self.utility.table(alpha[seen, None], beta[seen, None], self.arms) * scale[:, None])
+
+    def _concave(self, utility: Floats) -> Floats:
+        """(seen, A - 1) marginal gains, if they fall from where greedy starts on."""
+        gains, fixed_cost = np.diff(utility, axis=1), self.min_rollouts < self.utility.concave_from
+        bend = float(np.diff(gains[:, 1:] if fixed_cost else gains, axis=1).max(initial=0.0))
+        if bend > 1e-9 and bend > 1e-9 * float(np.abs(utility).max()):
+            least = max(self.min_rollouts, 1)
+            raise ValueError(f"utility must be concave from n = {least} on, got {self.utility.name!r}")
+        return gains
 
     def extend(
         self,
