@@ -9,7 +9,11 @@ from gdro_core._validate import Floats, Ints
 
 def spread_ratio(n: Floats | Ints, v: Floats) -> Floats:
     """E[X^2] / E[X] of X = n k (1 - k), k the mean of n >= 1 coins of variance v (theorem 16)."""
-    return np.asarray(v * (n - 1.0) + ((n - 1.0) * (1.0 - 4.0 * v) + 2.0 * v) / n)
+    ratio = np.asarray((n - 1.0) * (1.0 - 4.0 * v))
+    ratio += 2.0 * v
+    ratio /= n
+    ratio += v * (n - 1.0)
+    return ratio
 
 
 def greedy_counts(gains: Floats, total: int, low: int, rng: np.random.Generator | None = None) -> Ints:
@@ -30,44 +34,75 @@ def greedy_counts(gains: Floats, total: int, low: int, rng: np.random.Generator 
     return counts
 
 
-def frontier_counts(table: Floats, total: int, rng: np.random.Generator | None = None) -> Ints:
-    """`frontier_allocation` of a (N, n_max + 1) table: the better of the plan on envelopes and that with all n >= 2."""
-    prompts = table.shape[0]
-    order = np.arange(prompts) if rng is None else rng.permutation(prompts)
-    rows = table[order]
-    plans = [_frontier_plan(rows, total)]
-    if 2 * prompts <= total:
-        plans.append(greedy_counts(np.diff(rows[:, 2:], axis=1), total, 2))
-    each = np.arange(prompts)
-    counts = np.empty(prompts, dtype=np.int64)
-    counts[order] = max(plans, key=lambda plan: float(rows[each, plan].sum()))
-    return counts
+def frontier_counts(table: Floats, total: int, rng: np.random.Generator | None = None) -> tuple[Ints, float]:
+    """`frontier_allocation` of a (N, n_max + 1) table: the better of the plan on envelopes and that with all n >= 2.
 
-
-def _frontier_plan(table: Floats, budget: int) -> Ints:
-    """Greedy on the concave envelopes of (N, n_max + 1) rows, and the repair of the prompt left inside its line."""
+    Also the largest gain per rollout still for sale, 0 if there is none.
+    """
     prompts, most = table.shape[0], table.shape[1] - 1
-    counts = np.zeros(prompts, dtype=np.int64)
-    if budget == 0:
-        return counts
     columns = np.ascontiguousarray(table.T)  # reductions along the first axis are quicker
-    n = np.arange(1, most + 1)[:, None]
-    rates = columns[2:] / n[1:]
+    order = np.arange(prompts) if rng is None else rng.permutation(prompts)  # the first of equal prompts wins
+    rate, size = _lines(columns)
+    rate, size = rate[order], size[order]
+    plan, left, price = np.zeros(prompts, dtype=np.int64), 0, 0.0
+    if total:
+        plan, left, price = _fill_envelopes(columns, order, rate, size, total)
+    worth = columns[plan, order]
+    bound = float(worth.sum()) + left * price - 2.0 * float(np.maximum(price - rate, 0.0).sum())
+    if left > 0:
+        plan = _settle(columns, order, plan, left)
+        worth = columns[plan, order]
+    value = float(worth.sum())
+    if 2 * prompts <= total and bound > value * (1.0 - 1e-9):  # else none with all n >= 2 has more (theorem 16)
+        other = greedy_counts((columns[3:] - columns[2:-1]).T[order], total, 2)
+        if float(columns[other, order].sum()) > value:
+            plan, worth = other, columns[other, order]
+    gain = np.where(plan == 0, rate, columns[np.minimum(plan + 1, most), order] - worth)
+    counts = np.empty(prompts, dtype=np.int64)
+    counts[order] = plan
+    return counts, float(gain.max(initial=0.0))
+
+
+def _lines(columns: Floats) -> tuple[Floats, Ints]:
+    """Envelopes of (n_max + 1, N) columns are linear from 0 on: (N,) slopes, and (N,) n >= 2 where the lines end."""
+    rates = columns[2:] / np.arange(2, columns.shape[0])[:, None]
     rate = rates.max(axis=0)
-    size = (rates == rate).argmax(axis=0) + 2  # the envelope is linear from 0 to here
-    gains = np.minimum.accumulate(np.where(n <= size, rate, np.diff(columns, axis=0)), axis=0)
-    threshold = np.partition(gains.ravel(), -budget)[-budget]  # the smallest gain that is still bought
-    counts += np.count_nonzero(gains > threshold, axis=0)
-    tied = np.flatnonzero(rate == threshold)
-    whole = tied[np.cumsum(size[tied]) <= budget - counts.sum()]
-    counts[whole] = size[whole]
-    left = budget - int(counts.sum())
+    return rate, (rates == rate).argmax(axis=0) + 2
+
+
+def _fill_envelopes(columns: Floats, order: Ints, rate: Floats, size: Ints, budget: int) -> tuple[Ints, int, float]:
+    """Greedy on the concave envelopes of (n_max + 1, N) columns, but for the line that the budget ends inside of.
+
+    Row i of all (N,) arrays is of column order_i.
+
+    Returns:
+        (N,) counts, each 0 or at least `size`; the rollouts left over; the least gain bought.
+    """
+    most = columns.shape[0] - 1
+    best = rate.argsort()[::-1]
+    enough = min(int(size[best].cumsum().searchsorted(budget)), rate.size - 1)
+    rows = np.flatnonzero(rate >= rate[best[enough]])  # lines of these spend the budget: the others get nothing
+    line, end, some = rate[rows], size[rows], columns.take(order[rows], axis=1)
+    gains = some[1:] - some[:-1]
+    np.copyto(gains, line, where=np.arange(1, most + 1)[:, None] <= end)
+    for k in range(1, most):
+        np.minimum(gains[k - 1], gains[k], out=gains[k])
+    price = np.partition(gains.ravel(), -budget)[-budget]  # the smallest gain that is still bought
+    held = np.add.reduce(gains > price, axis=0, dtype=np.int64)
+    left = budget - int(held.sum())
+    tied = np.flatnonzero(line == price)
+    whole = tied[end[tied].cumsum() <= left]
+    held[whole] = end[whole]
+    left -= int(end[whole].sum())
     if left > 0:  # further rollouts of the same gain, for prompts beyond their lines
-        single = np.count_nonzero(gains == threshold, axis=0) - np.where(rate == threshold, size, 0)
-        more = np.repeat(np.arange(prompts), np.where(counts > 0, single, 0))[:left]
-        np.add.at(counts, more, 1)
+        single = np.add.reduce(gains == price, axis=0, dtype=np.int64)
+        single[tied] -= end[tied]
+        more = np.repeat(np.arange(rows.size), np.where(held > 0, single, 0))[:left]
+        np.add.at(held, more, 1)
         left -= more.size
-    return counts if left == 0 else _settle(table, counts, left)
+    counts = np.zeros(rate.size, dtype=np.int64)
+    counts[rows] = held
+    return counts, left, float(price)
 
 
 def _least(values: Floats, k: int) -> Ints:
@@ -76,24 +111,35 @@ def _least(values: Floats, k: int) -> Ints:
     return np.asarray(some[np.argsort(values[some], kind="stable")])
 
 
-def _settle(table: Floats, counts: Ints, left: int) -> Ints:
+def _first(values: Floats, k: int) -> Ints:
+    """Places of the k least values, the earlier first where two are equal."""
+    few = np.arange(values.size)
+    if k < values.size:
+        few = np.flatnonzero(values <= np.partition(values, k - 1)[k - 1])
+    return np.asarray(few[values[few].argsort(kind="stable")][:k])
+
+
+def _settle(columns: Floats, order: Ints, counts: Ints, left: int) -> Ints:
     """Give `left` rollouts, too few for the line of the next prompt, to the best use; counts are 0 or at least 2."""
-    most = table.shape[1] - 1
+    most = columns.shape[0] - 1
     n = np.arange(1, most + 1)
     funded, free = np.flatnonzero(counts > 0), np.flatnonzero(counts == 0)
-    held = counts[funded]
+    held, place = counts[funded], order[funded]
     # The `most` best gains of concave rows lie in the `most` rows whose next gain is best; losses likewise.
-    gain = np.where(held < most, table[funded, np.minimum(held + 1, most)] - table[funded, held], -np.inf)
-    loss = np.where(held > 2, table[funded, held] - table[funded, held - 1], np.inf)
-    takers, givers = (funded[np.argsort(key, kind="stable")[:most], None] for key in (-gain, loss))
-    up = np.where(n > counts[takers], np.diff(table[takers[:, 0]], axis=1), -np.inf).ravel()
-    down = np.where((n <= counts[givers]) & (n > 2), np.diff(table[givers[:, 0]], axis=1), np.inf).ravel()
+    now = columns[held, place]
+    gain = np.where(held < most, columns[np.minimum(held + 1, most), place] - now, -np.inf)
+    loss = np.where(held > 2, now - columns[held - 1, place], np.inf)
+    takers, givers = _first(-gain, most), _first(loss, most)
+    up, down = (np.diff(columns.take(place[rows], axis=1), axis=0).T for rows in (takers, givers))
+    up = np.where(n > held[takers, None], up, -np.inf).ravel()
+    down = np.where((n <= held[givers, None]) & (n > 2), down, np.inf).ravel()
     rising, falling = _least(-up, most), _least(down, most)
     # What the funded prompts gain by `left` - t rollouts more, at t = 0, 1, ... of an unfunded one
     others = np.concatenate([np.cumsum(up[rising])[::-1], [0.0], -np.cumsum(down[falling])])
     taken = np.arange(most + 1) - left
     reach = (taken >= -rising.size) & (taken <= falling.size)
-    value = table[free].max(axis=0) + np.where(reach, np.take(others, rising.size + taken, mode="clip"), -np.inf)
+    unfunded = columns.take(order[free], axis=1)
+    value = unfunded.max(axis=1) + np.where(reach, np.take(others, rising.size + taken, mode="clip"), -np.inf)
     value[1] = -np.inf  # a baseline and nothing to compare with it
     best = int(value.argmax())
     counts = counts.copy()
@@ -101,9 +147,9 @@ def _settle(table: Floats, counts: Ints, left: int) -> Ints:
         counts[free[0]] = left
         return counts
     if taken[best] < 0:
-        np.add.at(counts, takers[rising[: -taken[best]] // most, 0], 1)
+        np.add.at(counts, funded[takers[rising[: -taken[best]] // most]], 1)
     else:
-        np.subtract.at(counts, givers[falling[: taken[best]] // most, 0], 1)
+        np.subtract.at(counts, funded[givers[falling[: taken[best]] // most]], 1)
     if best:
-        counts[free[table[free, best].argmax()]] = best
+        counts[free[unfunded[best].argmax()]] = best
     return counts

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+_LARGEST = float(np.finfo(np.float64).max)
 
 
 def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
@@ -44,7 +45,7 @@ def number(name: str, value: float, low: float, high: float = np.inf, *, open_lo
     return float(value)
 
 
-def check_shape(name: str, array: Floats, shape: tuple[int, ...]) -> None:
+def check_shape(name: str, array: Floats | Ints, shape: tuple[int, ...]) -> None:
     """The array has `shape` (−1 = any length)."""
     if array.ndim != len(shape) or any(want not in (-1, got) for want, got in zip(shape, array.shape, strict=True)):
         raise ValueError(f"{name} must have shape {shape} (-1: any length), got {array.shape}")
@@ -52,10 +53,14 @@ def check_shape(name: str, array: Floats, shape: tuple[int, ...]) -> None:
 
 def check_entries(name: str, array: Floats, low: float = -np.inf, high: float = np.inf) -> None:
     """All entries are finite and lie in [low, high]."""
+    if not array.size:
+        return
+    least, most = array.min(), array.max()  # nan if any is
+    if max(low, -_LARGEST) <= least and most <= min(high, _LARGEST):
+        return
     bad = ~np.isfinite(array) | (array < low) | (array > high)
-    if bad.any():
-        rule = "finite numbers" if (low, high) == (-np.inf, np.inf) else f"finite numbers in [{low:g}, {high:g}]"
-        raise ValueError(f"{name} must hold {rule}, got {array[bad].flat[0]}")
+    rule = "finite numbers" if (low, high) == (-np.inf, np.inf) else f"finite numbers in [{low:g}, {high:g}]"
+    raise ValueError(f"{name} must hold {rule}, got {array[bad].flat[0]}")
 
 
 def check_whole(name: str, array: Floats) -> None:
@@ -75,6 +80,10 @@ def floats(name: str, value: ArrayLike, shape: tuple[int, ...], low: float = -np
 
 def integers(name: str, value: ArrayLike, shape: tuple[int, ...], low: int, high: int) -> Ints:
     """`value` as an int64 array of `shape` (−1 = any length) with entries in low..high."""
+    if isinstance(value, np.ndarray) and value.dtype == np.int64:
+        check_shape(name, value, shape)
+        if not value.size or (low <= value.min() and value.max() <= high):
+            return value.copy()
     array = floats(name, value, shape, low, high)
     check_whole(name, array)
     return array.astype(np.int64)

@@ -194,4 +194,4 @@ def frontier_allocation(utility: ArrayLike, budget: int, *, rng: np.random.Gener
     gains, rounding = np.diff(table[:, 1:], axis=1), 1e-9 * max(1.0, float(np.abs(table).max()))
     if (gains < -rounding).any() or (np.diff(gains, axis=1) > rounding).any():
         raise ValueError("utility must be non-decreasing and concave along axis 1 from n = 1 on")
-    return frontier_counts(table, total, rng)
+    return frontier_counts(table, total, rng)[0]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from gdro_core._old_states import controller_1, controller_2
 from gdro_core._validate import (
@@ -57,7 +57,9 @@ class Plan:
 
     def same(self, other: Plan) -> bool:
         """Whether both were made for the same batch at the same step, here or on another worker."""
-        return self.step == other.step and self.ids == other.ids and np.array_equal(self.counts, other.counts)
+        return self is other or (
+            self.step == other.step and self.ids == other.ids and np.array_equal(self.counts, other.counts)
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +101,7 @@ class Observation:
         reward = floats("rewards", rewards, owner.shape, 0.0, 1.0)
         size = len(plan.ids)
         correct = np.bincount(owner, weights=reward, minlength=size).astype(np.float64)
-        return cls(plan, correct, np.bincount(owner, minlength=size))
+        return cls(plan, correct, plan.counts.copy() if rows is None else np.bincount(owner, minlength=size))
 
     @classmethod
     def of_plan(cls, plan: Plan, rewards: ArrayLike | Observation) -> Observation:
@@ -137,12 +139,12 @@ class Observation:
         plan, graded = self.plan, self.trials > 0
         error = 1.0 - self.correct / np.maximum(self.trials, 1)
         mixed = (self.correct > 0) & (self.correct < self.trials)
-        seen = plan.bins >= 0
+        rows = _rows_of(plan.bins, num_bins)
         return {
-            "bin_share": (np.bincount(plan.bins[seen], minlength=num_bins) / len(plan.ids)).tolist(),
-            "unseen_share": float(1.0 - seen.mean()),
-            "bin_error": _means(plan.bins, error, seen & graded, num_bins),
-            "bin_rollouts": _means(plan.bins, plan.counts, seen, num_bins),
+            "bin_share": (rows[1:] / len(plan.ids)).tolist(),
+            "unseen_share": float(rows[0] / len(plan.ids)),
+            "bin_error": _means(plan.bins, error * graded, _rows_of(plan.bins[graded], num_bins)),
+            "bin_rollouts": _means(plan.bins, plan.counts, rows),
             "wasted_share": float(self.trials[~mixed].sum() / max(int(self.trials.sum()), 1)),
         }
 
@@ -155,27 +157,33 @@ class Observation:
         """
         plan = self.plan
         seen = plan.bins >= 0
-        b = plan.bins[seen]
+        b, weights = plan.bins[seen], plan.weights[seen]
         return {
-            "bin_weight": _means(plan.bins, plan.weights, seen, num_bins),
+            "bin_weight": _means(plan.bins, plan.weights, _rows_of(plan.bins, num_bins)),
             "shadow_price": plan.price,
-            "lead_lag": float(np.average(b, weights=plan.weights[seen]) - b.mean()) if b.size else None,
+            "lead_lag": float((b * weights).sum() / weights.sum() - b.sum() / b.size) if b.size else None,
         }
 
 
-def _means(bins: Ints, values: Floats | Ints, rows: NDArray[np.bool_], num_bins: int) -> list[float | None]:
-    """Mean of some rows' values in each bin."""
-    total = np.bincount(bins[rows], weights=values[rows], minlength=num_bins)
-    size = np.bincount(bins[rows], minlength=num_bins)
-    return [float(t / n) if n else None for t, n in zip(total, size, strict=True)]
+def _rows_of(bins: Ints, num_bins: int) -> Ints:
+    """(B + 1,) prompts that were never seen, then those of each bin."""
+    return np.bincount(bins + 1, minlength=num_bins + 1)
+
+
+def _means(bins: Ints, values: Floats | Ints, rows: Ints) -> list[float | None]:
+    """Sum of the values in each bin over (B + 1,) `rows`; None where there are none."""
+    total = np.bincount(bins + 1, values, rows.size)
+    return [t / n if n else None for t, n in zip(total[1:].tolist(), rows[1:].tolist(), strict=True)]
 
 
 def _batch_weights(utility: Utility, a: Floats, b: Floats, counts: Ints, omega: Floats) -> Floats:
     """omega times the utility's shrinkage, with mean 1 over the rollouts that are expected to have a gradient."""
-    posterior, n = (a[:, None], b[:, None]), counts[:, None]
-    weights = omega * utility.shrinkage(*posterior, n)[:, 0]
-    rollouts = counts * utility.information(*posterior, n)[:, 0]
-    return np.asarray(weights / np.average(weights, weights=rollouts if rollouts.any() else None))
+    weights = omega * utility.shrinkage(a[:, None], b[:, None], counts[:, None])[:, 0]
+    some = np.flatnonzero(counts)
+    rollouts = counts.astype(np.float64)
+    rollouts[some] *= utility.information(a[some, None], b[some, None], counts[some, None])[:, 0]
+    total = rollouts.sum()
+    return np.asarray(weights / ((weights * rollouts).sum() / total if total else weights.mean()))
 
 
 def _even_odds(n: float) -> float:
@@ -500,7 +508,7 @@ class GDROController:
         known = (plan.bins >= 0) | (observation.trials > 0)
         solved, unsolved = known & (p >= self._solved_from), known & (p <= 1.0 - self._solved_from)
         kinds = {"learnable": known & ~solved & ~unsolved, "solved": solved, "unsolved": unsolved}
-        metrics |= {f"{name}_share": float(rows.mean()) for name, rows in kinds.items()}
+        metrics |= {f"{name}_share": np.count_nonzero(rows) / rows.size for name, rows in kinds.items()}
         if self.prompt is not None:
             metrics["bin_probability"] = self.prompt.probabilities.tolist()
         if self.prompt is not None or self.rollout is not None:

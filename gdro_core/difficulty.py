@@ -252,11 +252,11 @@ class OnlineDifficultyClassifier:
         memory["successes"][rows] = self.discount * memory["successes"][rows] + c
         memory["failures"][rows] = self.discount * memory["failures"][rows] + (n - c)
         self.statistic.observe(memory, rows, c)
-        memory["bin"][rows] = self._rebin(rows)
         if self.idle_discount < 1.0 and idle.size:
             for name in ("successes", "failures"):
                 memory[name][idle] *= self.idle_discount
-            memory["bin"][idle] = self._rebin(idle)
+            rows = np.concatenate([rows, idle])
+        memory["bin"][rows] = self._rebin(rows)
 
     def state_dict(self) -> dict[str, Any]:
         """Settings and memory as numbers, strings and lists, for JSON and `torch.load(weights_only=True)`.

@@ -119,6 +119,7 @@ class PromptGDRO:
             )
         self._memory = adversary.memory(self.num_bins, self.ema, payoff.greatest)
         self._share, self._share_weight = np.zeros(self.num_bins), 0.0
+        self._mixture: Floats | None = None  # `probabilities`, kept until the next observation
 
     @property
     def scores(self) -> Floats:
@@ -139,15 +140,17 @@ class PromptGDRO:
     @property
     def probabilities(self) -> Floats:
         """(B,) q_b, the adversary's mixture over bins (Eq. 15)."""
-        r = np.full(self.num_bins, 1.0 / self.num_bins) if self.uniform_reference else self.share
-        play = self.adversary.respond(self.scores, r)
-        return np.asarray((1.0 - self.exploration) * play + self.exploration * r)
+        if self._mixture is None:
+            r = np.full(self.num_bins, 1.0 / self.num_bins) if self.uniform_reference else self.share
+            play = self.adversary.respond(self.scores, r)
+            self._mixture = np.asarray((1.0 - self.exploration) * play + self.exploration * r)
+        return self._mixture.copy()
 
     @property
     def bin_weights(self) -> Floats:
         """(B,) w_b."""
         ratio = np.ones(self.num_bins) if self._share_weight == 0 else self.probabilities / self.share
-        return np.asarray(np.clip(ratio, 1e-300, self.max_weight))  # > 0, so that a batch of one bin can have mean 1
+        return np.minimum(np.maximum(ratio, 1e-300), self.max_weight)  # > 0, so that a batch of one bin can have mean 1
 
     def weights(self, bins: ArrayLike) -> Floats:
         """(N,) weight of each prompt by its bin; 1 for unseen prompts (bin −1)."""
@@ -172,6 +175,7 @@ class PromptGDRO:
         self._share += self.ema * (size / b.size - self._share)
         self._share_weight += self.ema * (1.0 - self._share_weight)
         self._memory.observe(size, total / np.maximum(size, 1))
+        self._mixture = None
 
     def state_dict(self) -> dict[str, Any]:
         """Settings and memory as plain lists and numbers."""
@@ -186,7 +190,7 @@ class PromptGDRO:
         share = floats("share", saved["share"], (self.num_bins,), 0.0, 1.0)
         share_weight = number("share_weight", saved["share_weight"], 0.0, 1.0)
         self._memory.load_state_dict(saved["memory"])
-        self._share, self._share_weight = share.copy(), share_weight
+        self._share, self._share_weight, self._mixture = share.copy(), share_weight, None
 
     def _settings(self) -> dict[str, Any]:
         names = ("num_bins", "ema", "exploration", "max_weight", "uniform_reference")

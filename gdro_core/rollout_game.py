@@ -132,14 +132,16 @@ class RolloutGDRO:
             counts[seen], price = of_bin[member], _gain_for_sale(total_utility / size[:, None], of_bin - low)
         else:
             gains, fixed_cost = np.diff(utility, axis=1), low < self.utility.concave_from
-            tolerance = 1e-9 * max(1.0, float(np.abs(utility).max()))
-            if (np.diff(gains[:, 1:] if fixed_cost else gains, axis=1) > tolerance).any():
+            bend = float(np.diff(gains[:, 1:] if fixed_cost else gains, axis=1).max(initial=0.0))
+            if bend > 1e-9 and bend > 1e-9 * float(np.abs(utility).max()):
                 raise ValueError(f"utility must be concave from n = {max(low, 1)} on, got {self.utility.name!r}")
             if fixed_cost:
-                counts[seen] = frontier_counts(utility, rest, rng)
+                counts[seen], price = frontier_counts(utility, rest, rng)
             else:
                 counts[seen] = greedy_counts(gains, rest, low, rng)
-            price = _gain_for_sale(utility, counts[seen] - low)
+                arm = counts[seen] - low
+                on = np.flatnonzero(arm < gains.shape[1])
+                price = float(gains[on, arm[on]].max(initial=0.0))
         if self.permute and rng is not None:
             counts[seen] = rng.permutation(counts[seen])
         return counts, price
@@ -157,7 +159,7 @@ class RolloutGDRO:
 
 
 def _gain_for_sale(utility: Floats, arm: Ints) -> float:
-    """max_{i, m > 0} (U_i(n_i + m) - U_i(n_i)) / m, for concave rows at m = 1; 0 if every row is at its last arm."""
+    """max_{i, m > 0} (U_i(n_i + m) - U_i(n_i)) / m, 0 if every row is at its last arm."""
     more = np.arange(utility.shape[1]) - arm[:, None]
     gain = utility - utility[np.arange(arm.size), arm][:, None]
     return float(np.max(gain[more > 0] / more[more > 0], initial=0.0))

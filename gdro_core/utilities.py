@@ -96,11 +96,15 @@ class _Signal:
     error: float
 
     def value(self, a: Floats, b: Floats, n: Ints) -> Floats:
-        """U(n), at omega = 1: `frontier_utility` without its checks."""
-        pure, mean, v = self._moments(a, b)
-        size = np.maximum(n, 1)
-        own = self.kappa * pure**2 * spread_ratio(size, v)
-        return np.asarray(pure**2 * mean * (size - 1) / (1.0 + own))
+        """U(n), at omega = 1: `frontier_utility` without its checks. A row a number of rollouts in memory."""
+        pure, mean, v = self._moments(a.T, b.T)
+        size = np.maximum(n, 1)[:, None] if n.ndim == 1 else np.maximum(n, 1).T
+        spread = spread_ratio(size, v)
+        spread *= self.kappa * pure**2
+        spread += 1.0
+        table = pure**2 * mean * (size - 1)
+        table /= spread
+        return np.asarray(table.T)
 
     def weight(self, a: Floats, b: Floats, n: Ints) -> Floats:
         """The best weight, at omega = 1: `frontier_weight` without its checks."""
@@ -109,10 +113,17 @@ class _Signal:
 
     def mixed(self, a: Floats, b: Floats, n: Ints) -> Floats:
         """E P(mixed) for (N, 1) counts n; 0 for fewer than two rollouts."""
-        last = np.maximum(n, 2) - 1
-        steps = np.arange(int(last.max(initial=1)) + 1)
-        alike = [np.take_along_axis(np.cumprod((x + steps) / (a + b + steps), axis=1), last, 1) for x in (a, b)]
-        return np.where(n < 2, 0.0, 1.0 - alike[0] - alike[1])
+        last = np.maximum(n[:, 0], 2) - 1
+        steps = np.arange(int(last.max(initial=1)) + 1.0)[:, None, None]
+        posterior = np.concatenate([a, b], axis=1).T  # (2, N)
+        alike = np.asarray(posterior + steps)
+        alike /= posterior[0] + posterior[1] + steps
+        for j in range(1, steps.size):
+            np.multiply(alike[j - 1], alike[j], out=alike[j])
+        right, wrong = alike[last, :, np.arange(last.size)].T
+        mixed = 1.0 - right - wrong
+        mixed[n[:, 0] < 2] = 0.0
+        return np.asarray(mixed[:, None])
 
     def _moments(self, a: Floats, b: Floats) -> tuple[Floats, Floats, Floats]:
         """(N, 1) purity at the mean rate, E v, E v^2 / E v."""

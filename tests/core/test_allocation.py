@@ -675,6 +675,35 @@ def test_theorem_16_frontier_allocation_against_the_dynamic_program(seed):
     assert np.mean([hit for hit, of_theorem in exact if of_theorem]) > 0.99
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_theorem_16_plans_of_large_batches(seed):
+    """Up to 300 prompts, some worth nothing: near the optimum of the envelopes, and never below the best plan for all.
+
+    (d): the bound on plans for all holds, and there are batches where it is needed and where it is not.
+    """
+    rng = np.random.default_rng(seed)
+    better = []
+    for _ in range(40):
+        prompts, most = int(rng.integers(20, 301)), int(rng.integers(3, 13))
+        spread = rng.choice([0.2, 2.0])
+        value, variance = rng.lognormal(0, spread, (prompts, 1)), 0.25 * rng.beta(5.0 - 2 * spread, 1, (prompts, 1))
+        table = frontier_utility(np.arange(most + 1), value, variance, 10 ** rng.uniform(-3, 1.5))
+        budget = int(rng.integers(2 * prompts, prompts * most + 1))
+        rows, bound = np.arange(prompts), envelope_optimum(table, budget)
+        counts = frontier_allocation(table, budget, rng=rng)
+        assert counts.sum() == budget
+        assert ((counts == 0) | ((counts >= 2) & (counts <= most))).all()
+        worth = table[rows, counts].sum()
+        assert worth >= bound * (1 - 1 / budget) - np.diff(table, axis=1)[:, -1].max() - 1e-9
+        for_all = table[rows, greedy_allocation(table[:, 2:], budget, min_rollouts=2)].sum()
+        assert worth >= for_all * (1 - 1e-12)
+        rate = (table[:, 1:] / np.arange(1, most + 1)).max(axis=1)
+        price = bound - envelope_optimum(table, budget - 1)
+        assert for_all <= bound - 2 * np.maximum(price - rate, 0).sum() + 1e-9 * bound
+        better.append(worth > for_all * (1 + 1e-9))
+    assert 0 < np.mean(better) < 1
+
+
 @pytest.mark.parametrize(
     ("table", "budget", "expected"),
     [

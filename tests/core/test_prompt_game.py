@@ -416,3 +416,17 @@ def test_bad_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(game)
     assert game.state_dict() == before
+
+
+def test_the_mixture_is_of_the_present_scores():
+    """It follows observations and loaded states, and what a caller does to the array changes nothing."""
+    game, other = PromptGDRO(2), PromptGDRO(2)
+    other.observe([0, 1], [1.0, 0.0])
+    asked = game.probabilities
+    asked[:] = 0.0
+    np.testing.assert_array_equal(game.probabilities, [0.5, 0.5])
+    game.load_state_dict(other.state_dict())
+    np.testing.assert_array_equal(game.probabilities, other.probabilities)
+    assert game.probabilities[0] > 0.5
+    game.observe([0, 1], [0.0, 1.0])
+    assert game.probabilities[0] != other.probabilities[0]

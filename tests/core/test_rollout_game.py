@@ -23,6 +23,7 @@ from gdro_core import (
     RolloutGDRO,
     Utility,
     rollout_utility,
+    signal,
     sqrt_allocation,
 )
 from gdro_core.utilities import UTILITIES
@@ -117,6 +118,20 @@ def test_the_price_is_what_one_rollout_more_is_worth(seed):
     np.testing.assert_allclose(np.diff(values)[:3], prices[:3], atol=1e-12)
     assert prices[-1] == 0.0  # everybody is at n_max
     assert RolloutGDRO(4, 2, 7).allocate([-1, -1], [1, 1], [1, 1])[1] == 0.0
+
+
+@given(SEEDS)
+def test_the_price_of_a_group_is_per_rollout(seed):
+    """With no rollout for some, the price is the best mean gain of any more rollouts for any prompt."""
+    rng = np.random.default_rng(seed)
+    bins, a, b, omega = batch(rng, 10, unseen=False)
+    utility = signal(0.5)
+    values = utility.of(a, b, np.arange(9)) * omega[:, None] ** 2
+    counts, price = RolloutGDRO(int(rng.integers(1, 9)), 0, 8, utility).allocate(bins, a, b, omega)
+    gains = [
+        (row[m] - row[n]) / (m - n) for row, n in zip(values, counts, strict=True) for m in range(int(n) + 1, 9)
+    ]  # fmt: skip
+    assert price == pytest.approx(max(gains, default=0.0), rel=1e-12)
 
 
 def test_the_price_of_a_bin_is_per_rollout():
