@@ -6,6 +6,7 @@ flaws and what this library does about each (see the README).
 All public names are listed here; each module is one idea and opens with the problem it solves.
 """
 
+from gdro_core.advantages import staged_advantages
 from gdro_core.adversaries import (
     Adversary,
     ChiSquare,
@@ -170,6 +171,7 @@ __all__ = [
     "sample_budget_allocation",
     "signal",
     "sqrt_allocation",
+    "staged_advantages",
     "step_cosine",
     "tracking_complexity",
     "truncated_mean",

@@ -26,6 +26,11 @@ def controller_2(saved: Mapping[str, Any]) -> State:
     return {**saved, "version": 3, "components": None}
 
 
+def controller_3(saved: Mapping[str, Any]) -> State:
+    """Of `GDROController`: it had no pilot."""
+    return {**saved, "version": 4, "pilot": 0}
+
+
 def classifier_3(saved: Mapping[str, Any]) -> State:
     """Of `OnlineDifficultyClassifier`: prompts without rollouts kept all that was known."""
     return {**saved, "version": 4, "idle_discount": 1.0}

@@ -1,6 +1,7 @@
 """The one data flow: ids -> plan -> (sample, grade) -> observe. Adapters own nothing else.
 
-`plan` uses past information only and changes nothing; `observe` learns from the graded rollouts of a plan.
+`plan` uses past information only and changes nothing; `observe` learns from the graded rollouts of a plan. With a pilot
+there are two stages: ids -> plan -> (sample, grade) -> replan -> (sample, grade) -> observe.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import ArrayLike
 
-from gdro_core._old_states import controller_1, controller_2
+from gdro_core._old_states import controller_1, controller_2, controller_3
 from gdro_core._validate import (
     Floats,
     Ints,
@@ -49,11 +50,25 @@ class Plan:
     counts: Ints  # (N,) rollouts of each prompt
     price: float  # shadow price [utility / rollout]; 0 without a rollout game
     step: int  # number of observations the controller had made
+    rest: int = 0  # rollouts that `GDROController.replan` will hand out once these are graded
+    first: Ints | None = None  # (N,) of the counts, those of the first stage; None: all
 
     @property
     def owner(self) -> Ints:
         """(sum of counts,) flat rollout row -> prompt row."""
         return np.repeat(np.arange(len(self.ids)), self.counts)
+
+    @property
+    def more(self) -> Ints:
+        """(N,) rollouts of the second stage."""
+        return np.zeros_like(self.counts) if self.first is None else self.counts - self.first
+
+    @property
+    def stage(self) -> Ints:
+        """(sum of counts,) 0 or 1 for each flat rollout row; a prompt's first stage comes first."""
+        owner, first = self.owner, self.counts if self.first is None else self.first
+        place = np.arange(owner.size) - (np.cumsum(self.counts) - self.counts)[owner]
+        return np.asarray(place >= first[owner], dtype=np.int64)
 
     def same(self, other: Plan) -> bool:
         """Whether both were made for the same batch at the same step, here or on another worker."""
@@ -247,6 +262,8 @@ class GDROController:
             gradient) and a whole n_bar.
         components: estimates the kappa of a rollout game with a `signal` utility from what `observe_gradients` is told.
             Until that is known well enough, the utility's own kappa is used.
+        pilot: n_1, rollouts of a prompt of which nothing is known before `replan` decides about its others; 0: no
+            second stage. At least 2 and n_min, at most n_bar. Not with `per_bin`, `permute` or `preserve_objective`.
         seed: decides ties.
 
     >>> controller = GDROController.recommended(mean_rollouts=4, seed=0)
@@ -268,12 +285,18 @@ class GDROController:
         joint: bool = True,
         preserve_objective: bool = False,
         components: VarianceComponents | None = None,
+        pilot: int = 0,
         seed: int = 0,
     ) -> None:
         if prompt is not None and prompt.num_bins != classifier.num_bins:
             raise ValueError(
                 f"prompt.num_bins must equal the classifier's {classifier.num_bins}, got {prompt.num_bins}"
             )
+        self.pilot = integer("pilot", pilot, 0)
+        if self.pilot:
+            if rollout is None or rollout.per_bin or rollout.permute or preserve_objective:
+                raise ValueError(f"pilot needs a rollout game per prompt and weights of one stage, got {rollout!r}")
+            check_number("pilot", self.pilot, max(2, rollout.min_rollouts), rollout.mean_rollouts)
         if (rollout is None) == (mean_rollouts is None):
             raise ValueError(
                 f"exactly one of rollout and mean_rollouts must be given, got mean_rollouts={mean_rollouts!r}"
@@ -314,6 +337,7 @@ class GDROController:
         adversary: Adversary = Entropic(0.6),
         kappa: float = 0.5,
         error: float = 0.0,
+        pilot: int = 0,
         seed: int = 0,
     ) -> Self:
         """What measured best so far: counts by the frontier law (theorem 16), with a mild tilt to hard prompts.
@@ -334,6 +358,7 @@ class GDROController:
             adversary: of the prompt game, on the error payoff.
             kappa: of `signal`, until `observe_gradients` has told enough to estimate it.
             error: probability that the verifier turns a grade round.
+            pilot: rollouts of unseen prompts in a first stage, see `replan`; 0 for one stage.
             seed: decides ties.
 
         Raises:
@@ -348,6 +373,7 @@ class GDROController:
             PromptGDRO(num_bins, adversary=adversary),
             RolloutGDRO(mean_rollouts, min_rollouts, max_rollouts, signal(kappa, error)),
             components=VarianceComponents(num_bins, discount=COMPONENTS_DISCOUNT),
+            pilot=pilot,
             seed=seed,
         )
 
@@ -404,7 +430,7 @@ class GDROController:
         bins = self.classifier.bins(names)
         a, b = self.classifier.posterior(names)
         weights = np.ones(len(names)) if self.prompt is None else self.prompt.weights(bins)
-        rollout, price = self._rollout_game(), 0.0
+        rollout, price, rest = self._rollout_game(), 0.0, 0
         if rollout is None:
             if budget not in (None, len(names) * self.mean_rollouts):
                 raise ValueError(f"budget must be None without a rollout game, got {budget}")
@@ -416,13 +442,52 @@ class GDROController:
                 evidence = a + b - sum(self.classifier.prior)
                 groups = np.where(evidence < FORGOTTEN * rollout.mean_rollouts, -1, bins)
             counts, price = rollout.allocate(groups, a, b, weights if self.joint else None, budget=budget, rng=rng)
+            if self.pilot:
+                whole = int(counts.sum())
+                counts = np.where(groups < 0, np.minimum(counts, self.pilot), counts)
+                rest = whole - int(counts.sum())
         if rollout is not None and self.preserve_objective:
             p = a / (a + b)
             weights = weights / weights.mean()
             weights = weights * gradient_weight(rollout.mean_rollouts, p) / gradient_weight(counts, p)
         else:
             weights = _batch_weights(VARIANCE if rollout is None else rollout.utility, a, b, counts, weights)
-        return Plan(tuple(names), bins, weights, counts, price, self._step)
+        return Plan(tuple(names), bins, weights, counts, price, self._step, rest)
+
+    def replan(self, plan: Plan, rewards: ArrayLike | Observation) -> Plan:
+        """Commit: the same plan with the rest of its budget handed out by what its first stage has shown.
+
+        Every prompt with rollouts may get more, by what further ones are worth under the posterior that the first stage
+        left. A step without unseen prompts has no rest: its plan comes back as it is. Changes nothing; `observe` learns
+        from both stages at once.
+
+        Args:
+            plan: what `plan` returned for this batch.
+            rewards: (sum of counts,) of the first stage, in plan order, or an `Observation` of it.
+
+        Returns:
+            the whole plan: `counts` of both stages with the sum of the budget, of which `first` are graded and `more`
+            are to be sampled; `stage` tells them apart in plan order, for `staged_advantages`.
+
+        Raises:
+            ValueError: bad rewards, or rewards of another plan.
+
+        >>> controller = GDROController.recommended(mean_rollouts=8, pilot=2)
+        >>> plan = controller.plan(["a", "b"])
+        >>> whole = controller.replan(plan, [1, 0, 1, 1])
+        >>> plan.counts, plan.rest, whole.more, whole.stage
+        (array([2, 2]), 12, array([8, 4]), array([0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1, 1]))
+        """
+        observation, game = Observation.of_plan(plan, rewards), self._rollout_game()
+        if plan.rest == 0 or game is None:
+            return plan
+        a, b = self.classifier.posterior(plan.ids)
+        a, b = a + observation.correct, b + observation.trials - observation.correct
+        weights = np.ones(a.size) if self.prompt is None else self.prompt.weights(plan.bins)
+        rng = np.random.default_rng([self.seed, self._step, 1])
+        counts, price = game.extend(plan.counts, plan.rest, a, b, weights if self.joint else None, rng=rng)
+        weights = _batch_weights(game.utility, a, b, counts, weights)
+        return replace(plan, weights=weights, counts=counts, price=price, rest=0, first=plan.counts)
 
     @property
     def kappa(self) -> float | None:
@@ -465,6 +530,8 @@ class GDROController:
                 nothing has changed then.
         """
         observation = Observation.of_plan(plan, rewards)
+        if plan.rest:
+            raise ValueError(f"plan must be whole, got one with {plan.rest} rollouts left for `replan`")
         if self.prompt is not None:
             payoff = self.prompt.payoff
             graded = observation.trials >= payoff.fewest
@@ -530,7 +597,7 @@ class GDROController:
         Raises:
             ValueError: other parts, settings, shapes or version; nothing has changed then.
         """
-        for version, newer in ((1, controller_1), (2, controller_2)):
+        for version, newer in ((1, controller_1), (2, controller_2), (3, controller_3)):
             if saved.get("version") == version:
                 saved = newer(saved)
         parts = {"classifier": self.classifier, "prompt": self.prompt, "components": self.components}
@@ -540,7 +607,7 @@ class GDROController:
         self._step, self._kappa = step, self._learnt_kappa()
 
     def _settings(self) -> dict[str, Any]:
-        names = ("seed", "joint", "preserve_objective")
-        settings = {"version": 3, **{name: getattr(self, name) for name in names}}
+        names = ("seed", "joint", "preserve_objective", "pilot")
+        settings = {"version": 4, **{name: getattr(self, name) for name in names}}
         rollout = None if self.rollout is None else self.rollout.settings()
         return {**settings, "mean_rollouts": self._mean_rollouts, "rollout": rollout}

@@ -146,6 +146,49 @@ class RolloutGDRO:
             counts[seen] = rng.permutation(counts[seen])
         return counts, price
 
+    def extend(
+        self,
+        first: ArrayLike,
+        rest: int,
+        a: ArrayLike,
+        b: ArrayLike,
+        weights: ArrayLike | None = None,
+        *,
+        rng: np.random.Generator | None = None,
+    ) -> tuple[Ints, float]:
+        """Hand out further rollouts after a first stage, whose baselines are paid: the second half of pilot and commit.
+
+        Args:
+            first: (N,) rollouts of the first stage, at most n_max; prompts with none stay without.
+            rest: rollouts to hand out.
+            a, b: (N,) posterior successes and failures > 0, the first stage included.
+            weights: (N,) prompt weights ω >= 0 of the joint law; None for 1.
+            rng: breaks ties at random.
+
+        Returns:
+            counts: (N,) of both stages.
+            price: gain of the last rollout that was bought; 0 at `rest` 0.
+
+        Raises:
+            ValueError: a bad argument, or no room for `rest` under n_max.
+        """
+        counts = integers("first", first, (-1,), 0, self.max_rollouts)
+        alpha, beta = floats("a", a, counts.shape, 0.0), floats("b", b, counts.shape, 0.0)
+        omega = np.ones(counts.shape) if weights is None else floats("weights", weights, counts.shape, 0.0)
+        drawn = counts > 0
+        room = int((self.max_rollouts - counts[drawn]).sum())
+        if not 0 <= rest <= room:
+            raise ValueError(f"rest must lie in [0, {room}], the room under max_rollouts, got {rest}")
+        if rest == 0:
+            return counts, 0.0
+        arms = np.arange(1, self.max_rollouts + 1)
+        scale = omega[drawn, None] ** self.utility.weight_power
+        gains = np.diff(self.utility.table(alpha[drawn, None], beta[drawn, None], arms) * scale, axis=1)
+        bought = arms[1:] <= counts[drawn, None]
+        total = rest + int(counts.sum())
+        counts[drawn] = greedy_counts(np.where(bought, np.inf, gains), total, 1, rng)
+        return counts, float(gains[~bought & (arms[1:] <= counts[drawn, None])].min())
+
     def settings(self) -> dict[str, Any]:
         """What a saved state must agree with, as plain numbers and texts."""
         return {
