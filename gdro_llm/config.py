@@ -111,7 +111,8 @@ class Config:
     trainable_layers: int = _model(0, "train only this many last blocks (and the final norm); 0 trains all", ge=0)
     dtype: str = _loading(
         "auto",
-        "number format of compute; trained weights are float32. auto: bfloat16 on a GPU or a CPU with matrix units (AMX)",
+        "number format of compute; trained weights are float32. auto: bfloat16 on GPUs and on CPUs with matrix units "
+        "(AMX)",
         ("auto", "float32", "bfloat16"),
     )
     lora_rank: int = _model(0, "train low-rank adapters of this rank (peft) only; 0 trains the weights", ge=0)
@@ -162,6 +163,12 @@ class Config:
     )
     kappa: float = _controller(
         0.5, "a prompt's own part of the gradient over the noise of a rollout, until it is measured", ge=0.0
+    )
+    pilot: int = _controller(
+        0,
+        "rollouts that a prompt of which nothing is known gets first, with the recommended controller; the rest of the "
+        "batch follows in a second stage, by what these have shown. 0: one stage",
+        ge=0,
     )
     measure_every: int = _controller(
         10, "steps between measurements of kappa by the recommended controller; 0: none, kappa stays", ge=0
@@ -297,10 +304,11 @@ class Config:
 
     def _without_effect(self) -> set[str]:
         """Settings that the controller does not look at."""
-        weights, frontier = {"adversary", *DIALS.values()}, {"candidates", "kappa", "measure_every", "verifier_error"}
+        weights = {"adversary", *DIALS.values()}
+        frontier = {"candidates", "kappa", "measure_every", "pilot", "verifier_error"}
         family, _, game = self.controller.partition("-")
         if family in ("recommended", "null"):
-            return {"utility"}
+            return {"utility"} | ({"pilot"} if family == "null" else set())
         if family in ("joint", "implicit"):
             return frontier | {"prompt": {"utility"}, "rollout": weights}.get(game, set())
         return frontier | weights | {"utility"}

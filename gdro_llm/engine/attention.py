@@ -50,9 +50,8 @@ def cpu_attention(
         attention_mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
     if not differentiated or keys > LONGEST:
         compute = torch.float32 if differentiated else query.dtype
-        heads = scaled_dot_product_attention(
-            *(x.to(compute) for x in (query, key, value)), attn_mask=attention_mask, scale=scaling, enable_gqa=True
-        ).to(query.dtype)
+        q, k, v = query.to(compute), key.to(compute), value.to(compute)
+        heads = scaled_dot_product_attention(q, k, v, attention_mask, scale=scaling, enable_gqa=True).to(query.dtype)
     else:
         heads = _by_products(query, key, value, attention_mask, scaling or query.shape[-1] ** -0.5)
     return heads.transpose(1, 2).contiguous(), None

@@ -113,6 +113,7 @@ def build_controller(config: Config) -> GDROController | PublishedController:
                 adversary=adversary_of(config, RECOMMENDED_STEP),
                 kappa=config.kappa,
                 error=config.verifier_error,
+                pilot=config.pilot,
                 **shared,
             )
         kinds = {"joint": GDROController, "implicit": ImpliedWeights}
