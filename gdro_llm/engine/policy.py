@@ -57,12 +57,6 @@ class Policy:
         """Log-probabilities under the policy."""
         return TokenLogprobs(self.working, self.temperature)
 
-    def at_temperature(self, temperature: float) -> Policy:
-        """The same weights at another temperature."""
-        other = replace(self, temperature=temperature)
-        other.working = self.working
-        return other
-
     def refresh(self) -> None:
         """Tell the copy what the weights are now; after every change of them."""
         if self.working is not self.model:

@@ -213,7 +213,8 @@ def completions(policy, ids, longest, before=()):
 @torch.no_grad()
 def test_the_exact_rate_is_the_chance_of_all_completions_that_are_graded_correct(ambiguous, longest, stop):
     """Every completion of a small vocabulary is decoded and graded: of all tokenizations, and those cut off, too."""
-    config = Config(model=str(ambiguous), threads=1, device="cpu", max_new_tokens=longest, stop=stop)
+    plain = {"threads": 1, "device": "cpu", "dtype": "float32"}
+    config = Config(model=ambiguous, max_new_tokens=longest, stop=stop, **plain)
     policy = load_policy(config)
     assert len(policy.stop_ids) == (4 if stop else 1)
     rates, right = exact_rates(policy, AMBIGUOUS, config), []
@@ -233,7 +234,7 @@ def test_the_exact_rate_is_the_chance_of_all_completions_that_are_graded_correct
 
 def test_the_exact_rate_is_the_frequency_of_sampled_success(ambiguous):
     """4,000 draws a problem at another temperature, within 4 standard errors; one tokenization alone gives less."""
-    n, build = 4000, {"model": str(ambiguous), "threads": 1, "device": "cpu", "max_new_tokens": 3}
+    n, build = 4000, {"model": ambiguous, "threads": 1, "device": "cpu", "dtype": "float32", "max_new_tokens": 3}
     config = Config(**build, eval_samples=n, sample_rows=n, eval_temperature=1.3)
     policy = load_policy(config)
     scores = literal.score(policy, AMBIGUOUS, config)
@@ -250,7 +251,7 @@ def test_the_ladder_is_evaluated_without_samples(tmp_path):
     """By its preset: a blank, the digits and any token that holds a line break, from one plain pass a problem."""
     merges = [(BLANK, "1"), (NEWLINE, NEWLINE), ("1", NEWLINE)]
     model = byte_level_model(tmp_path, sorted(pre_tokenizers.ByteLevel.alphabet()), merges)
-    config = Config(**{**load_preset("smollm2-arith"), "model": model, "trainable_layers": 0, "device": "cpu"})
+    config = Config(**{**load_preset("smollm2-arith"), "model": model, "trainable_layers": 0, "dtype": "float32"})
     policy = load_policy(config)
     problems = load_problems(config)[1][::30]
     assert {problem.accepted for problem in problems} == {(f" {problem.answer}",) for problem in problems}
