@@ -16,7 +16,7 @@ from dataclasses import asdict, field, fields
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, get_type_hints
+from typing import Any, Self, get_args, get_type_hints
 
 from pydantic import ConfigDict, ModelWrapValidatorHandler, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
@@ -193,8 +193,11 @@ class Config:
     max_new_tokens: int = _decoding(14, "longest completion, in tokens", ge=1)
     temperature: float = _sampling(1.0, "of training samples (always from the whole distribution)", gt=0)
     eval_samples: int = _decoding(8, "samples per test problem: mean@k and pass@k with this k", ge=1)
-    eval_exact: bool = _sampling(
-        False, "compute mean@k and pass@k from probabilities instead (embedded cells)", shared=True
+    eval_exact: bool | None = _sampling(
+        None,
+        "compute mean@k and pass@k from success probabilities, without samples; unset: where these are known, which "
+        "takes grader exact, the whole distribution, and texts of few tokenizations",
+        shared=True,
     )
     eval_temperature: float = _decoding(1.0, "of evaluation samples", gt=0)
     eval_top_p: float = _decoding(1.0, "nucleus of evaluation samples; 1 is the whole distribution", gt=0, le=1)
@@ -332,6 +335,7 @@ class Config:
         """
         now, then = asdict(self), named_as_now(before)
         idle = self._without_effect() if then.get("controller") == self.controller else set()
+        idle |= {"eval_exact"} if self.eval_exact is None else set()  # a run goes on as it began
         frontier = self.controller in ("recommended", "null")
         own = {"adversary_step": RECOMMENDED_STEP if frontier else JOINT_STEP, "min_rollouts": 0 if frontier else 2}
         plain = before.keys() if "kappa" not in before else set()  # an earlier version's 0 is a 0
@@ -352,7 +356,9 @@ def named_as_now(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 OPTIONS = {spec.name: spec.metadata for spec in fields(Config)}
-TYPES: dict[str, type] = {name: kind for name, kind in get_type_hints(Config).items() if name in OPTIONS}
+TYPES: dict[str, type] = {  # without the None of what is unset
+    name: next(iter(get_args(kind)), kind) for name, kind in get_type_hints(Config).items() if name in OPTIONS
+}
 EVALUATION_KEYS = tuple(name for name, spec in OPTIONS.items() if spec["evaluation"])
 RESUMABLE = tuple(name for name, spec in OPTIONS.items() if spec["resumable"])
 SHARED = tuple(name for name, spec in OPTIONS.items() if spec["shared"])
