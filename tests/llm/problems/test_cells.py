@@ -43,7 +43,7 @@ def problems():
 @pytest.fixture(scope="module")
 def shipped():
     torch.set_num_threads(1)  # so small a model is not faster with more, and far slower on a busy machine
-    return load_policy(Config())
+    return load_policy(Config(dtype="float32"))
 
 
 def exact(policy, problems):

@@ -270,7 +270,7 @@ def test_the_ladder_is_evaluated_without_samples(tmp_path):
 
 def test_what_a_tokenizer_leaves_open_is_sampled(ambiguous, tiny_config):
     """Ids without a text could stand anywhere; a text that stands for broken bytes is not one byte string."""
-    policy = load_policy(Config(model=ambiguous, threads=1, device="cpu"))
+    policy = load_policy(Config(model=ambiguous, threads=1, device="cpu", dtype="float32"))
     unclear = [Problem("a", "1=", "\ufffd")]
     assert "U+FFFD" in no_exact_rates(policy, unclear, Config())
     with pytest.raises(ValueError, match="token 9 of the model has no text in its tokenizer"):
