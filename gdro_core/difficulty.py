@@ -335,9 +335,7 @@ class OnlineDifficultyClassifier:
         check_entries("failures", memory["failures"], 0.0)
         check_entries("bin", memory["bin"][:size].astype(np.float64), 0, self.num_bins - 1)
         self.statistic.check({name: array[:size] for name, array in memory.items()})
-        self._index, self._memory = index, memory
-        if self.learnt is not None and learnt is not None:
-            self.learnt.load_state_dict(learnt.state_dict())
+        self._index, self._memory, self.learnt = index, memory, learnt
 
     def _settings(self) -> dict[str, Any]:
         settings = {name: getattr(self, name) for name in ("discount", "hysteresis", "confidence", "idle_discount")}

@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gdro_core._validate import Floats, check_state, floats, integer
+from gdro_core._validate import Floats, check_state, floats, integer, number
 
 START = (0.5, 0.5)  # (a_0, b_0) before the first batch, with standard deviation 1 of its logarithms
 _MEMORY = 5000.0  # first visits, after which an older one counts 1 / e
 _KEEP = 0.95  # of the information about the rate, at each step
-_RIDGE = 50.0  # binomial variance [rollouts^2] that says: nothing has changed
+_RIDGE = 50.0  # binomial variance [rollouts^2] that holds the rate where it is
 _LOW, _HIGH = np.log(0.02), np.log(50.0)
 _ROUNDS = 4
 
@@ -44,11 +44,11 @@ class LearntPrior:
     >>> prior = LearntPrior()
     >>> prior.parameters, prior.rate
     ((0.5, 0.5), 0.0)
-    >>> seen, new = np.zeros(0), np.array([True] * 4)
-    >>> prior.observe(np.full(4, 0.5), np.full(4, 0.5), np.zeros(4), np.array([0.0, 0.0, 1.0, 0.0]), np.full(4, 8), new)
+    >>> half, correct = np.full(4, 0.5), np.array([0.0, 0.0, 1.0, 0.0])
+    >>> prior.observe(half, half, age=np.zeros(4), correct=correct, trials=np.full(4, 8.0), new=np.full(4, True))
     >>> a, b = prior.parameters
-    >>> bool(a / (a + b) < 0.3), prior.step
-    (True, 1)
+    >>> a / (a + b) < 0.3
+    True
     """
 
     def __init__(self) -> None:
@@ -66,9 +66,9 @@ class LearntPrior:
 
     def moved(self, a: Floats, b: Floats, age: Floats) -> tuple[Floats, Floats]:
         """(N,) and (N,): counts or Beta parameters `age` steps later, of logit mean higher by age x rate, same sum."""
-        total, odds = a + b, np.exp(np.clip(age * self.rate, -30.0, 30.0))
-        share = a * odds / np.maximum(a * odds + b, np.finfo(float).tiny)
-        return total * share, total * (1.0 - share)
+        risen = a * np.exp(np.clip(age * self.rate, -30.0, 30.0))
+        scale = (a + b) / np.maximum(risen + b, np.finfo(float).tiny)
+        return scale * risen, scale * b
 
     def observe(
         self, a: Floats, b: Floats, age: Floats, correct: Floats, trials: Floats, new: NDArray[np.bool_]
@@ -127,12 +127,11 @@ class LearntPrior:
             ValueError: another version, a missing key, a damaged array; nothing has changed then.
         """
         check_state("LearntPrior", saved, {"version": 1}, ("step", "rate", "log", "information", "rate_information"))
-        step, rate = integer("step", saved["step"], 0), floats("rate", saved["rate"], ())
+        step, rate = integer("step", saved["step"], 0), float(floats("rate", saved["rate"], ()))
         log = floats("log", saved["log"], (2,), _LOW, _HIGH)
         information = floats("information", saved["information"], (2, 2))
-        certainty = floats("rate_information", saved["rate_information"], (), 0.0)
-        self.step, self.rate, self._log, self._information = step, float(rate), log, information
-        self._rate_information = float(certainty)
+        self._rate_information = number("rate_information", saved["rate_information"], 0.0)
+        self.step, self.rate, self._log, self._information = step, rate, log, information
 
 
 def _scores(log: Floats, c: Floats, n: Floats) -> Floats:
