@@ -273,18 +273,16 @@ class OnlineDifficultyClassifier:
 
     def _learn(self, learnt: LearntPrior, rows: Ints, c: Floats, n: Floats) -> None:
         """Tell the prior of graded prompts, and bring what is known of them to the present."""
-        memory = self._memory
-        (a, b), age, new = self._posterior(rows), self._age(learnt, rows), memory["bin"][rows] < 0
-        memory["successes"][rows], memory["failures"][rows] = learnt.moved(
-            memory["successes"][rows], memory["failures"][rows], age
-        )
-        learnt.observe(a, b, age, c, n, new)
+        memory, (a, b), age = self._memory, self._posterior(rows), self._age(learnt, rows)
+        counts = learnt.moved(memory["successes"][rows], memory["failures"][rows], age)
+        memory["successes"][rows], memory["failures"][rows] = counts
+        learnt.observe(a, b, age, c, n, age == 0.0)
         memory["visited"][rows] = learnt.step
 
     def _age(self, learnt: LearntPrior, rows: Ints) -> Floats:
         """Steps from a prompt's last visit to the next that is observed; 0 if never observed."""
-        seen = self._memory["bin"][rows] >= 0
-        return np.where(seen, learnt.step + 1.0 - self._memory["visited"][rows], 0.0)
+        bins, visited = self._memory["bin"][rows], self._memory["visited"][rows]
+        return np.where(bins < 0, 0.0, learnt.step + 1.0 - visited)
 
     def state_dict(self) -> dict[str, Any]:
         """Settings and memory as numbers, strings and lists, for JSON and `torch.load(weights_only=True)`.
@@ -312,12 +310,13 @@ class OnlineDifficultyClassifier:
             if saved.get("version") == version:
                 saved = newer(saved)
         check_state("OnlineDifficultyClassifier", saved, self._settings(), ("learnt",))
-        learnt = None if self.learnt is None else LearntPrior()
-        if saved["learnt"] is not None:
+        learnt, past = None if self.learnt is None else LearntPrior(), saved["learnt"]
+        if past is not None:
             if learnt is None:
                 raise ValueError("state of OnlineDifficultyClassifier has a learnt prior, this one does not")
-            learnt.load_state_dict(saved["learnt"])
-        kept = [name for name in self._memory if name != "visited" or saved["learnt"] is not None]
+            learnt.load_state_dict(past)
+        lacking = {"visited"} if past is None else set()
+        kept = [name for name in self._memory if name not in lacking]
         check_state("OnlineDifficultyClassifier", saved, {}, ("ids", *kept))
         plain = _plain(saved["ids"])
         ids = list(plain) if isinstance(plain, tuple) else _unpacked("ids", plain, np.dtype(np.int64), (-1,))
@@ -334,6 +333,8 @@ class OnlineDifficultyClassifier:
         check_entries("successes", memory["successes"], 0.0)
         check_entries("failures", memory["failures"], 0.0)
         check_entries("bin", memory["bin"][:size].astype(np.float64), 0, self.num_bins - 1)
+        if learnt is not None:
+            check_entries("visited", memory["visited"][:size].astype(np.float64), 0, learnt.step)
         self.statistic.check({name: array[:size] for name, array in memory.items()})
         self._index, self._memory, self.learnt = index, memory, learnt
 

@@ -4,7 +4,7 @@ Every `spacing`-th visit of a trace is kept, other ones for other prompts, so th
 steps of training as in a run on more prompts. Steps are batches of about 100 prompts; of a visit's 8 rollouts a rule is
 shown `rollouts`, drawn at random, and its prediction for the visit was made from the visits before. It is scored by all
 8. Intervals are percentiles over resampled prompts: what another sample of prompts of the same run would have shown.
-The constants of `LearntPrior` were set on these same traces; factors of two on them change nothing of note.
+The constants of `LearntPrior` were set on these same traces.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def draw(rows: list[Row]) -> Figure:
     left.axhline(0.0, color="black", linewidth=0.8)
     left.set(xlabel="visit", title="Log loss less the fixed prior's")
     left.set_xticks(visits[1:], [f"{visit}{'+' * (visit == LATER)}" for visit in visits[1:]])
-    left.legend(loc="lower left")
+    left.legend(loc="upper right")
     for axis, visit in zip(right, visits[1:], strict=False):
         for rule in ("fixed", "learnt"):
             axis.plot(*_calibration(rows, rule, visit), "o-", markersize=3, label=rule)
