@@ -29,6 +29,7 @@ from gdro_core.adversaries import Adversary, Entropic
 from gdro_core.components import VarianceComponents
 from gdro_core.difficulty import OnlineDifficultyClassifier, equal_edges
 from gdro_core.grpo import gradient_weight
+from gdro_core.prior import LearntPrior
 from gdro_core.prompt_game import PromptGDRO
 from gdro_core.rollout_game import RolloutGDRO
 from gdro_core.theory.frontier import best_group_size
@@ -338,6 +339,7 @@ class GDROController:
         kappa: float = 0.5,
         error: float = 0.0,
         pilot: int = 0,
+        prior: tuple[float, float] | LearntPrior = (0.5, 0.5),
         seed: int = 0,
     ) -> Self:
         """What measured best so far: counts by the frontier law (theorem 16), with a mild tilt to hard prompts.
@@ -359,6 +361,8 @@ class GDROController:
             kappa: of `signal`, until `observe_gradients` has told enough to estimate it.
             error: probability that the verifier turns a grade round.
             pilot: rollouts of unseen prompts in a first stage, see `replan`; 0 for one stage.
+            prior: of unseen prompts. A `LearntPrior()` predicts better (`simulations/experiments/learnt_prior.py`), and
+                changes plans: the adversary's step was chosen without it, and a smaller one, .3, seems due with it.
             seed: decides ties.
 
         Raises:
@@ -369,7 +373,7 @@ class GDROController:
                 "min_rollouts must be 0 or at least 2, got 1: a rollout alone in its group teaches nothing"
             )
         return cls(
-            OnlineDifficultyClassifier(equal_edges(num_bins), idle_discount=IDLE_DISCOUNT),
+            OnlineDifficultyClassifier(equal_edges(num_bins), prior=prior, idle_discount=IDLE_DISCOUNT),
             PromptGDRO(num_bins, adversary=adversary),
             RolloutGDRO(mean_rollouts, min_rollouts, max_rollouts, signal(kappa, error)),
             components=VarianceComponents(num_bins, discount=COMPONENTS_DISCOUNT),
