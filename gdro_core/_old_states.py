@@ -31,6 +31,11 @@ def controller_3(saved: Mapping[str, Any]) -> State:
     return {**saved, "version": 4, "pilot": 0}
 
 
+def controller_4(saved: Mapping[str, Any]) -> State:
+    """Of `GDROController`: kappa was used only while its interval was narrow, and so follows from it."""
+    return {**saved, "version": 5, "kappa": None}
+
+
 def classifier_4(saved: Mapping[str, Any]) -> State:
     """Of `OnlineDifficultyClassifier`: the prior was fixed."""
     return {**saved, "version": 5, "learnt": None}

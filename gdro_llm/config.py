@@ -171,7 +171,10 @@ class Config:
         ge=0,
     )
     measure_every: int = _controller(
-        10, "steps between measurements of kappa by the recommended controller; 0: none, kappa stays", ge=0
+        10,
+        "steps between measurements of kappa by the recommended controller (at first every step, until it is known); "
+        "0: none, kappa stays",
+        ge=0,
     )
     verifier_error: float = _controller(
         0.0, "share of the grades that the verifier gets wrong, as known", ge=0, le=0.49
