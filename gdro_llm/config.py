@@ -164,6 +164,10 @@ class Config:
     kappa: float = _controller(
         0.5, "a prompt's own part of the gradient over the noise of a rollout, until it is measured", ge=0.0
     )
+    learnt_prior: bool = _controller(
+        False,
+        "learn from the run what to expect of prompts not seen yet, or not for long (recommended controller)",
+    )
     pilot: int = _controller(
         0,
         "rollouts that a prompt of which nothing is known gets first, with the recommended controller; the rest of the "
@@ -311,7 +315,7 @@ class Config:
     def _without_effect(self) -> set[str]:
         """Settings that the controller does not look at."""
         weights = {"adversary", *DIALS.values()}
-        frontier = {"candidates", "kappa", "measure_every", "pilot", "verifier_error"}
+        frontier = {"candidates", "kappa", "learnt_prior", "measure_every", "pilot", "verifier_error"}
         family, _, game = self.controller.partition("-")
         if family in ("recommended", "null"):
             return {"utility"} | ({"pilot"} if family == "null" else set())
