@@ -25,6 +25,7 @@ from gdro_core.controller import GDROController, Observation, Plan, Planner
 from gdro_core.costs import TokenBudget, TokenCosts
 from gdro_core.difficulty import OnlineDifficultyClassifier, PassAtK, PassRate, Statistic, equal_edges
 from gdro_core.grpo import decoupling_price, gradient_variance, gradient_weight, mixed_group_probability
+from gdro_core.prior import LearntPrior
 from gdro_core.prompt_game import ERROR, LEARNABILITY, Payoff, PromptGDRO, prompt_payoff
 from gdro_core.published import AnyOfN, PublishedController, PublishedPromptGDRO, PublishedRolloutGDRO
 from gdro_core.rollout_game import RolloutGDRO
@@ -101,6 +102,7 @@ __all__ = [
     "Exp3S",
     "GDROController",
     "Hedge",
+    "LearntPrior",
     "MeanAtK",
     "Memory",
     "NoRegret",

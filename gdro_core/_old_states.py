@@ -32,8 +32,18 @@ def controller_3(saved: Mapping[str, Any]) -> State:
 
 
 def controller_4(saved: Mapping[str, Any]) -> State:
+    """Of `GDROController`: kappa was used only while its interval was narrow, and so follows from it."""
+    return {**saved, "version": 5, "kappa": None}
+
+
+def controller_5(saved: Mapping[str, Any]) -> State:
     """Of `GDROController`: it had no budget of tokens."""
-    return {**saved, "version": 5, "tokens": None}
+    return {**saved, "version": 6, "tokens": None}
+
+
+def classifier_4(saved: Mapping[str, Any]) -> State:
+    """Of `OnlineDifficultyClassifier`: the prior was fixed."""
+    return {**saved, "version": 5, "learnt": None}
 
 
 def classifier_3(saved: Mapping[str, Any]) -> State:

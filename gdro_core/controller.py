@@ -13,7 +13,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import ArrayLike
 
-from gdro_core._old_states import controller_1, controller_2, controller_3, controller_4
+from gdro_core._old_states import controller_1, controller_2, controller_3, controller_4, controller_5
 from gdro_core._validate import (
     Floats,
     Ints,
@@ -23,6 +23,7 @@ from gdro_core._validate import (
     integer,
     integers,
     load_parts,
+    number,
     unique_ids,
 )
 from gdro_core.adversaries import Adversary, Entropic
@@ -30,6 +31,7 @@ from gdro_core.components import VarianceComponents
 from gdro_core.costs import TokenBudget
 from gdro_core.difficulty import OnlineDifficultyClassifier, equal_edges
 from gdro_core.grpo import gradient_weight
+from gdro_core.prior import LearntPrior
 from gdro_core.prompt_game import PromptGDRO
 from gdro_core.rollout_game import RolloutGDRO
 from gdro_core.theory.frontier import best_group_size
@@ -286,7 +288,7 @@ class GDROController:
             over all rollouts pulls by n w_n, and needs n_bar / n on top. Needs n_min >= 2 (a single rollout has no
             gradient) and a whole n_bar.
         components: estimates the kappa of a rollout game with a `signal` utility from what `observe_gradients` is told.
-            Until that is known well enough, the utility's own kappa is used.
+            Until that has been known well enough once, the utility's own kappa is used.
         pilot: n_1, rollouts of a prompt of which nothing is known before `replan` decides about its others; 0: no
             second stage. At least 2 and n_min, at most n_bar. Not with `per_bin`, `permute` or `preserve_objective`.
         tokens: the budget is not rollouts but what they cost: the expected tokens of a plan are those of n_bar rollouts
@@ -355,7 +357,9 @@ class GDROController:
         self.preserve_objective = bool(preserve_objective)
         self.seed = integer("seed", seed, 0)
         self._mean_rollouts = None if mean_rollouts is None else integer("mean_rollouts", mean_rollouts, 1)
-        self._step, self._kappa = 0, self._learnt_kappa()
+        self._step = 0
+        self._kappa: float | None = None
+        self._kappa = self._learnt_kappa()
         self._solved_from = _even_odds(max(2.0, self.mean_rollouts))
 
     @classmethod
@@ -375,6 +379,7 @@ class GDROController:
         kappa: float = 0.5,
         error: float = 0.0,
         pilot: int = 0,
+        prior: tuple[float, float] | LearntPrior = (0.5, 0.5),
         tokens: TokenBudget | None = None,
         seed: int = 0,
     ) -> Self:
@@ -397,6 +402,8 @@ class GDROController:
             kappa: of `signal`, until `observe_gradients` has told enough to estimate it.
             error: probability that the verifier turns a grade round.
             pilot: rollouts of unseen prompts in a first stage, see `replan`; 0 for one stage.
+            prior: of unseen prompts. A `LearntPrior()` predicts better (`simulations/experiments/learnt_prior.py`), and
+                changes plans: the adversary's step was chosen without it, and a smaller one, .3, seems due with it.
             tokens: `TokenBudget()` for steps that cost n_bar rollouts each in tokens; None: in rollouts.
             seed: decides ties.
 
@@ -408,7 +415,7 @@ class GDROController:
                 "min_rollouts must be 0 or at least 2, got 1: a rollout alone in its group teaches nothing"
             )
         return cls(
-            OnlineDifficultyClassifier(equal_edges(num_bins), idle_discount=IDLE_DISCOUNT),
+            OnlineDifficultyClassifier(equal_edges(num_bins), prior=prior, idle_discount=IDLE_DISCOUNT),
             PromptGDRO(num_bins, adversary=adversary),
             RolloutGDRO(mean_rollouts, min_rollouts, max_rollouts, signal(kappa, error)),
             components=VarianceComponents(num_bins, discount=COMPONENTS_DISCOUNT),
@@ -549,9 +556,11 @@ class GDROController:
         return self._kappa
 
     def _learnt_kappa(self) -> float | None:
-        if self.components is None or not self.components.useful or self.components.kappa is None:
+        """The present estimate, once it has been useful: an interval that widens later makes it little worse."""
+        if self.components is None or self.components.kappa is None:
             return None
-        return min(self.components.kappa, MOST_KAPPA)
+        known = self.kappa is not None or self.components.useful
+        return min(self.components.kappa, MOST_KAPPA) if known else None
 
     def _rollout_game(self) -> RolloutGDRO | None:
         """The rollout game at the present estimate of kappa."""
@@ -621,6 +630,25 @@ class GDROController:
         self.components.observe(plan.bins[chosen], first, second, correct, trials)
         self._kappa = self._learnt_kappa()
 
+    def measures(self, plan: Plan, every: int) -> bool:
+        """Whether a loop that can measure gradients should show those of a plan to `observe_gradients`.
+
+        Every `every` steps, and at each of the first `every` steps until kappa is known: rollouts planned by a wrong
+        kappa cost most at the start, and this costs at most `every` - 1 measurements in a run.
+
+        Args:
+            plan: what `plan` returned.
+            every: >= 0; 0 for never. Without components it is never, too.
+
+        >>> controller = GDROController.recommended(mean_rollouts=4)
+        >>> controller.measures(controller.plan(["a", "b"]), every=10)
+        True
+        """
+        period = integer("every", every, 0)
+        if self.components is None or period == 0:
+            return False
+        return plan.step % period == 0 or (plan.step < period and self.kappa is None)
+
     def metrics(self, observation: Observation) -> dict[str, Any]:
         """What a step did: `Observation.by_bin`, and with a game `Observation.steering`.
 
@@ -652,7 +680,7 @@ class GDROController:
     def state_dict(self) -> dict[str, Any]:
         """All memory as plain lists and numbers; `load_state_dict` continues bit for bit."""
         saved = {name: None if part is None else part.state_dict() for name, part in self._parts().items()}
-        return {**self._settings(), "step": self._step, **saved}
+        return {**self._settings(), "step": self._step, "kappa": self._kappa, **saved}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Continue from `state_dict()` of a controller with the same parts and settings.
@@ -660,14 +688,18 @@ class GDROController:
         Raises:
             ValueError: other parts, settings, shapes or version; nothing has changed then.
         """
-        for version, newer in ((1, controller_1), (2, controller_2), (3, controller_3), (4, controller_4)):
+        for version, newer in enumerate((controller_1, controller_2, controller_3, controller_4, controller_5), 1):
             if saved.get("version") == version:
                 saved = newer(saved)
         parts = self._parts()
-        check_state("GDROController", saved, self._settings(), ("step", *parts))
+        check_state("GDROController", saved, self._settings(), ("step", "kappa", *parts))
         step = integer("step", saved["step"], 0)
+        kappa = saved["kappa"]
+        if kappa is not None:
+            kappa = number("kappa", kappa, 0.0, MOST_KAPPA)
         load_parts("GDROController", parts, saved)
-        self._step, self._kappa = step, self._learnt_kappa()
+        self._step, self._kappa = step, kappa
+        self._kappa = self._learnt_kappa()
 
     def _parts(self) -> dict[str, Any]:
         parts = {"classifier": self.classifier, "prompt": self.prompt}
@@ -675,6 +707,6 @@ class GDROController:
 
     def _settings(self) -> dict[str, Any]:
         names = ("seed", "joint", "preserve_objective", "pilot")
-        settings = {"version": 5, **{name: getattr(self, name) for name in names}}
+        settings = {"version": 6, **{name: getattr(self, name) for name in names}}
         rollout = None if self.rollout is None else self.rollout.settings()
         return {**settings, "mean_rollouts": self._mean_rollouts, "rollout": rollout}

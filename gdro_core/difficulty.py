@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from gdro_core._old_states import classifier_2, classifier_3
+from gdro_core._old_states import classifier_2, classifier_3, classifier_4
 from gdro_core._rows import RowIndex, repeats, where
 from gdro_core._validate import (
     Floats,
@@ -24,6 +24,7 @@ from gdro_core._validate import (
     integer,
     number,
 )
+from gdro_core.prior import START, LearntPrior
 
 Arrays = dict[str, NDArray[Any]]  # a row a prompt
 
@@ -139,7 +140,8 @@ class OnlineDifficultyClassifier:
         edges: (B - 1,) interior edges, strictly increasing in (0, 1).
         statistic: `PassRate()`, `PassAtK(k)`, or one of your own.
         discount: d in (0, 1], weight of the past at each visit; 1 keeps everything.
-        prior: (a_0, b_0) > 0.
+        prior: (a_0, b_0) > 0, or a `LearntPrior` of this classifier alone: the posterior of a prompt, and its bin, then
+            move with the others' improvement since its last visit. Two numbers with `confidence`.
         hysteresis: δ >= 0, smaller than half of the narrowest bin.
         confidence: δ in (0, 1), chance of error per prompt, or None. Needs `PassRate()` (the bins of pass@k are those
             of p with edges 1 - (1 - edge)^(1/k)), hysteresis 0 and, as C_n needs undiscounted counts, discount 1: it
@@ -150,8 +152,8 @@ class OnlineDifficultyClassifier:
     Ids are any hashable, unique in a batch; equal ids are one prompt, as in a dict (3, np.int64(3), 3.0). An array of
     integers is looked up without a Python loop; the first id of another type moves all of them into a dict for good.
 
-    Memory: struct of arrays, 18 bytes a prompt and what the statistic adds, at most a tenth of it spare, besides the
-    ids: 16 bytes an integer, or a dict.
+    Memory: struct of arrays, 18 bytes a prompt (22 with a learnt prior) and what the statistic adds, at most a tenth of
+    it spare, besides the ids: 16 bytes an integer, or a dict.
 
     >>> classifier = OnlineDifficultyClassifier(edges=[0.25, 0.75])
     >>> classifier.observe(["easy", "hard"], correct=[8, 0], trials=[8, 8])
@@ -165,7 +167,7 @@ class OnlineDifficultyClassifier:
         statistic: Statistic = PassRate(),
         *,
         discount: float = 0.8,
-        prior: tuple[float, float] = (0.5, 0.5),
+        prior: tuple[float, float] | LearntPrior = (0.5, 0.5),
         hysteresis: float = 0.0,
         confidence: float | None = None,
         idle_discount: float = 1.0,
@@ -181,10 +183,9 @@ class OnlineDifficultyClassifier:
             raise ValueError(f"statistic must be an object such as gdro_core.PassRate(), got {statistic!r}")
         self.statistic = statistic
         self.discount = number("discount", discount, 0.0, 1.0, open_low=True)
-        self.prior = (
-            number("prior[0]", prior[0], 0.0, open_low=True),
-            number("prior[1]", prior[1], 0.0, open_low=True),
-        )
+        self.learnt = prior if isinstance(prior, LearntPrior) else None
+        first, second = START if isinstance(prior, LearntPrior) else prior
+        self._fixed = number("prior[0]", first, 0.0, open_low=True), number("prior[1]", second, 0.0, open_low=True)
         self.hysteresis = number("hysteresis", hysteresis, 0.0)
         if self.hysteresis > 0 and self.hysteresis >= narrowest / 2:
             raise ValueError(f"hysteresis must be below half the narrowest bin ({narrowest / 2:g}), got {hysteresis!r}")
@@ -196,8 +197,15 @@ class OnlineDifficultyClassifier:
         for name, needed in needs.items():
             if confidence is not None and getattr(self, name) != needed:
                 raise ValueError(f"{name} must be {needed!r} with confidence, got {getattr(self, name)!r}")
+        if confidence is not None and self.learnt is not None:
+            raise ValueError(f"prior must be two numbers with confidence, got {prior!r}")
         self._index = RowIndex()
         self._memory = self._unseen(1)
+
+    @property
+    def prior(self) -> tuple[float, float]:
+        """(a_0, b_0), as learnt so far with a `LearntPrior`."""
+        return self._fixed if self.learnt is None else self.learnt.parameters
 
     @property
     def num_bins(self) -> int:
@@ -215,7 +223,10 @@ class OnlineDifficultyClassifier:
 
     def bins(self, ids: Sequence[Hashable] | NDArray[Any]) -> Ints:
         """(N,) bin of each prompt, 0 (hardest) to B − 1; −1 if never observed."""
-        return self._memory["bin"][self._index.find(ids)[1]].astype(np.int64)
+        rows = self._index.find(ids)[1]
+        if self.learnt is None:
+            return self._memory["bin"][rows].astype(np.int64)
+        return np.where(rows < 0, -1, self._rebin(rows))
 
     def posterior(self, ids: Sequence[Hashable] | NDArray[Any]) -> tuple[Floats, Floats]:
         """(N,) and (N,): parameters of each prompt's Beta posterior; the prior's if never observed."""
@@ -249,6 +260,8 @@ class OnlineDifficultyClassifier:
         self._grow(len(self) + int(np.count_nonzero(graded & (rows < 0))))
         rows, c, n = self._index.add(names, rows, graded)[graded], c[graded], n[graded]
         memory = self._memory
+        if self.learnt is not None:
+            self._learn(self.learnt, rows, c, n)
         memory["successes"][rows] = self.discount * memory["successes"][rows] + c
         memory["failures"][rows] = self.discount * memory["failures"][rows] + (n - c)
         self.statistic.observe(memory, rows, c)
@@ -257,6 +270,19 @@ class OnlineDifficultyClassifier:
                 memory[name][idle] *= self.idle_discount
             rows = np.concatenate([rows, idle])
         memory["bin"][rows] = self._rebin(rows)
+
+    def _learn(self, learnt: LearntPrior, rows: Ints, c: Floats, n: Floats) -> None:
+        """Tell the prior of graded prompts, and bring what is known of them to the present."""
+        memory, (a, b), age = self._memory, self._posterior(rows), self._age(learnt, rows)
+        counts = learnt.moved(memory["successes"][rows], memory["failures"][rows], age)
+        memory["successes"][rows], memory["failures"][rows] = counts
+        learnt.observe(a, b, age, c, n, age == 0.0)
+        memory["visited"][rows] = learnt.step
+
+    def _age(self, learnt: LearntPrior, rows: Ints) -> Floats:
+        """Steps from a prompt's last visit to the next that is observed; 0 if never observed."""
+        bins, visited = self._memory["bin"][rows], self._memory["visited"][rows]
+        return np.where(bins < 0, 0.0, learnt.step + 1.0 - visited)
 
     def state_dict(self) -> dict[str, Any]:
         """Settings and memory as numbers, strings and lists, for JSON and `torch.load(weights_only=True)`.
@@ -268,18 +294,30 @@ class OnlineDifficultyClassifier:
         """
         ids = self._index.ids()
         arrays = {name: _packed(array[: len(self)]) for name, array in self._memory.items()}
-        return {**self._settings(), "ids": list(_plain(ids)) if isinstance(ids, list) else _packed(ids), **arrays}
+        names = list(_plain(ids)) if isinstance(ids, list) else _packed(ids)
+        learnt = None if self.learnt is None else self.learnt.state_dict()
+        return {**self._settings(), "learnt": learnt, "ids": names, **arrays}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Continue bit for bit from `state_dict()` of a classifier with the same settings.
 
+        With a learnt prior also from one without, as if all its prompts were visited last now.
+
         Raises:
             ValueError: other settings or version, a missing key, a damaged array; nothing has changed then.
         """
-        for version, newer in ((2, classifier_2), (3, classifier_3)):
+        for version, newer in ((2, classifier_2), (3, classifier_3), (4, classifier_4)):
             if saved.get("version") == version:
                 saved = newer(saved)
-        check_state("OnlineDifficultyClassifier", saved, self._settings(), ("ids", *self._memory))
+        check_state("OnlineDifficultyClassifier", saved, self._settings(), ("learnt",))
+        learnt, past = None if self.learnt is None else LearntPrior(), saved["learnt"]
+        if past is not None:
+            if learnt is None:
+                raise ValueError("state of OnlineDifficultyClassifier has a learnt prior, this one does not")
+            learnt.load_state_dict(past)
+        lacking = {"visited"} if past is None else set()
+        kept = [name for name in self._memory if name not in lacking]
+        check_state("OnlineDifficultyClassifier", saved, {}, ("ids", *kept))
         plain = _plain(saved["ids"])
         ids = list(plain) if isinstance(plain, tuple) else _unpacked("ids", plain, np.dtype(np.int64), (-1,))
         index = RowIndex()
@@ -289,23 +327,28 @@ class OnlineDifficultyClassifier:
         index.add(names, rows, rows < 0)
         size = index.size
         memory = self._unseen(size + 1)
-        for name, array in memory.items():
+        for name in kept:
+            array = memory[name]
             array[:size] = _unpacked(name, saved[name], array.dtype, (size, *array.shape[1:]))
         check_entries("successes", memory["successes"], 0.0)
         check_entries("failures", memory["failures"], 0.0)
         check_entries("bin", memory["bin"][:size].astype(np.float64), 0, self.num_bins - 1)
+        if learnt is not None:
+            check_entries("visited", memory["visited"][:size].astype(np.float64), 0, learnt.step)
         self.statistic.check({name: array[:size] for name, array in memory.items()})
-        self._index, self._memory = index, memory
+        self._index, self._memory, self.learnt = index, memory, learnt
 
     def _settings(self) -> dict[str, Any]:
         settings = {name: getattr(self, name) for name in ("discount", "hysteresis", "confidence", "idle_discount")}
-        shape = {"edges": self.edges.tolist(), "prior": list(self.prior), "statistic": dials(self.statistic)}
-        return {"version": 4, **shape, **settings}
+        shape = {"edges": self.edges.tolist(), "prior": list(self._fixed), "statistic": dials(self.statistic)}
+        return {"version": 5, **shape, **settings}
 
     def _unseen(self, rows: int) -> Arrays:
         """Arrays of unseen prompts. The last one is never updated: row −1 reads it."""
         bins = np.full(rows, -1, dtype=np.int16)
-        return {"successes": np.zeros(rows), "failures": np.zeros(rows), "bin": bins, **self.statistic.arrays(rows)}
+        visited = {} if self.learnt is None else {"visited": np.zeros(rows, dtype=np.int32)}  # step of the last visit
+        counts = {"successes": np.zeros(rows), "failures": np.zeros(rows)}
+        return {**counts, "bin": bins, **visited, **self.statistic.arrays(rows)}
 
     def _grow(self, size: int) -> None:
         rows = self._memory["bin"].size
@@ -315,7 +358,9 @@ class OnlineDifficultyClassifier:
             self._memory["bin"][rows:] = -1
 
     def _posterior(self, rows: Ints) -> tuple[Floats, Floats]:
-        return self.prior[0] + self._memory["successes"][rows], self.prior[1] + self._memory["failures"][rows]
+        prior = self.prior
+        a, b = prior[0] + self._memory["successes"][rows], prior[1] + self._memory["failures"][rows]
+        return (a, b) if self.learnt is None else self.learnt.moved(a, b, self._age(self.learnt, rows))
 
     def _estimate(self, rows: Ints) -> Floats:
         own = {name: self._memory[name][rows] for name in self.statistic.arrays(0)}

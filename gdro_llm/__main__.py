@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
+
+# Read when torch loads OpenMP: threads that wait for work sleep. Spinning ones take the cores from each other as soon
+# as another program runs, and a step takes many times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def main() -> int:

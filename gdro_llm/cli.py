@@ -75,8 +75,8 @@ class Setting(click.Option):
 
     def get_help_extra(self, ctx: click.Context) -> click.types.OptionHelpExtra:
         """The default: from the preset in `ctx.obj`, or of `Config`; none where `ctx.obj` is None (`gdro eval`)."""
-        value = "" if ctx.obj is None else ctx.obj.get(self.name, getattr(Config, self.name))
-        text = ("off", "on")[value] if isinstance(value, bool) else printable(str(value))
+        value = None if ctx.obj is None else ctx.obj.get(self.name, getattr(Config, self.name))
+        text = ("off", "on")[value] if isinstance(value, bool) else printable(str("" if value is None else value))
         return {"default": text} if text else {}
 
 
@@ -350,7 +350,8 @@ def signal(
     """Measure signal and noise of one step's gradient, by method, at a fixed policy.
 
     Signal-to-noise ratio of a batch's gradient, and its cosine with the exact gradients of mean@1 and pass@k, by method
-    (as in `gdro compare --help`, without dapo and the published ones) at one policy (--model). Embedded cells only.
+    (as in `gdro compare --help`, without dapo and the published ones) at one policy (--model). Data and grader must be
+    such that success probabilities are known (see eval_exact), as of cells.
 
     With --components, on any data and without methods: the parts of the gradient that are common to all prompts, a
     prompt's own, and noise, with 90 % intervals; by pass rate, how far a prompt's gradient agrees with the mean, and

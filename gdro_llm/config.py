@@ -16,7 +16,7 @@ from dataclasses import asdict, field, fields
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, get_type_hints
+from typing import Any, Self, get_args, get_type_hints
 
 from pydantic import ConfigDict, ModelWrapValidatorHandler, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
@@ -111,7 +111,8 @@ class Config:
     trainable_layers: int = _model(0, "train only this many last blocks (and the final norm); 0 trains all", ge=0)
     dtype: str = _loading(
         "auto",
-        "number format of compute; trained weights are float32. auto: bfloat16 on a GPU or a CPU with matrix units (AMX)",
+        "number format of compute; trained weights are float32. auto: bfloat16 on GPUs and on CPUs with matrix units "
+        "(AMX)",
         ("auto", "float32", "bfloat16"),
     )
     lora_rank: int = _model(0, "train low-rank adapters of this rank (peft) only; 0 trains the weights", ge=0)
@@ -163,8 +164,21 @@ class Config:
     kappa: float = _controller(
         0.5, "a prompt's own part of the gradient over the noise of a rollout, until it is measured", ge=0.0
     )
+    learnt_prior: bool = _controller(
+        False,
+        "learn from the run what to expect of prompts not seen yet, or not for long (recommended controller)",
+    )
+    pilot: int = _controller(
+        0,
+        "rollouts that a prompt of which nothing is known gets first, with the recommended controller; the rest of the "
+        "batch follows in a second stage, by what these have shown. 0: one stage",
+        ge=0,
+    )
     measure_every: int = _controller(
-        10, "steps between measurements of kappa by the recommended controller; 0: none, kappa stays", ge=0
+        10,
+        "steps between measurements of kappa by the recommended controller (at first every step, until it is known); "
+        "0: none, kappa stays",
+        ge=0,
     )
     verifier_error: float = _controller(
         0.0, "share of the grades that the verifier gets wrong, as known", ge=0, le=0.49
@@ -186,8 +200,11 @@ class Config:
     max_new_tokens: int = _decoding(14, "longest completion, in tokens", ge=1)
     temperature: float = _sampling(1.0, "of training samples (always from the whole distribution)", gt=0)
     eval_samples: int = _decoding(8, "samples per test problem: mean@k and pass@k with this k", ge=1)
-    eval_exact: bool = _sampling(
-        False, "compute mean@k and pass@k from probabilities instead (embedded cells)", shared=True
+    eval_exact: bool | None = _sampling(
+        None,
+        "compute mean@k and pass@k from success probabilities, without samples; unset: where these are known, which "
+        "takes grader exact, the whole distribution, and texts of few tokenizations",
+        shared=True,
     )
     eval_temperature: float = _decoding(1.0, "of evaluation samples", gt=0)
     eval_top_p: float = _decoding(1.0, "nucleus of evaluation samples; 1 is the whole distribution", gt=0, le=1)
@@ -297,10 +314,11 @@ class Config:
 
     def _without_effect(self) -> set[str]:
         """Settings that the controller does not look at."""
-        weights, frontier = {"adversary", *DIALS.values()}, {"candidates", "kappa", "measure_every", "verifier_error"}
+        weights = {"adversary", *DIALS.values()}
+        frontier = {"candidates", "kappa", "learnt_prior", "measure_every", "pilot", "verifier_error"}
         family, _, game = self.controller.partition("-")
         if family in ("recommended", "null"):
-            return {"utility"}
+            return {"utility"} | ({"pilot"} if family == "null" else set())
         if family in ("joint", "implicit"):
             return frontier | {"prompt": {"utility"}, "rollout": weights}.get(game, set())
         return frontier | weights | {"utility"}
@@ -324,6 +342,7 @@ class Config:
         """
         now, then = asdict(self), named_as_now(before)
         idle = self._without_effect() if then.get("controller") == self.controller else set()
+        idle |= {"eval_exact"} if self.eval_exact is None else set()  # a run goes on as it began
         frontier = self.controller in ("recommended", "null")
         own = {"adversary_step": RECOMMENDED_STEP if frontier else JOINT_STEP, "min_rollouts": 0 if frontier else 2}
         plain = before.keys() if "kappa" not in before else set()  # an earlier version's 0 is a 0
@@ -344,7 +363,9 @@ def named_as_now(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 OPTIONS = {spec.name: spec.metadata for spec in fields(Config)}
-TYPES: dict[str, type] = {name: kind for name, kind in get_type_hints(Config).items() if name in OPTIONS}
+TYPES: dict[str, type] = {  # without the None of what is unset
+    name: next(iter(get_args(kind)), kind) for name, kind in get_type_hints(Config).items() if name in OPTIONS
+}
 EVALUATION_KEYS = tuple(name for name, spec in OPTIONS.items() if spec["evaluation"])
 RESUMABLE = tuple(name for name, spec in OPTIONS.items() if spec["resumable"])
 SHARED = tuple(name for name, spec in OPTIONS.items() if spec["shared"])

@@ -86,7 +86,8 @@ class Adaptive(Planner, Protocol):
 
 def race(population: Population, planner: Planner, total: int, batch: int, seed: int) -> list[Row]:
     """Train until `total` rollouts are spent; per step the rollouts so far, held-out metrics and share of mixed groups
-    among the prompts with rollouts. A controller with variance components is shown gradients every tenth step.
+    among the prompts with rollouts. A controller with variance components is shown gradients every tenth step, and
+    at first until it knows kappa.
 
     The last step may pass `total`: interpolate. Streams and epochs are those of `population.train`, so that runs
     of different planners are paired, and a planner that spends n_bar a prompt has the same run in both.
@@ -100,8 +101,7 @@ def race(population: Population, planner: Planner, total: int, batch: int, seed:
     """
     order, outcome, sketches = (np.random.default_rng([seed, stream]) for stream in (1, 2, 4))
     adaptive = planner if isinstance(planner, Adaptive) else None
-    inner = controller_of(planner)
-    measuring = inner if inner is not None and inner.components is not None else None
+    measuring = controller_of(planner)
     epochs = Epochs(population.prompts, offered(planner, batch, population.prompts), order)
     step, rollouts, states = 0, 0, [_state(population, 0, 0.0)]
     waiting: Groups | None = None
@@ -123,7 +123,7 @@ def race(population: Population, planner: Planner, total: int, batch: int, seed:
             kept = waiting.of(np.arange(waiting.rows.size) < batch)
         if full:
             population.correct = kept.correct
-            if measuring is not None and isinstance(population, Learner) and step % MEASURE_EVERY == 0:
+            if measuring is not None and isinstance(population, Learner) and measuring.measures(plan, MEASURE_EVERY):
                 halves = population.halves(kept.rows, kept.counts, kept.rewards, sketches)
                 parts = (halves.first, halves.second, halves.correct, halves.trials)
                 measuring.observe_gradients(plan, halves.places, *parts)

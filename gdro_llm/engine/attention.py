@@ -4,7 +4,7 @@
    repeated ones, at a quarter of the time.
 2. With gradients in bfloat16 torch's kernel has no use for matrix units: products of all heads of a group together are
    eight times as fast while a row of scores is short; longer rows go through the kernel in float32.
-3. float32 with gradients stays as transformers has it.
+3. Other formats with gradients stay as transformers has them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def cpu_attention(
     """As transformers' `sdpa_attention_forward`: query (B, H, Q, D), key and value (B, G, S, D) -> (B, Q, H, D)."""
     differentiated = torch.is_grad_enabled() and query.requires_grad
     plain = attention_mask is None or attention_mask.dtype == torch.bool
-    if not plain or others.get("position_bias") is not None or (differentiated and query.dtype == torch.float32):
+    if not plain or others.get("position_bias") is not None or (differentiated and query.dtype != torch.bfloat16):
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
         return out, None
     queries, keys = query.shape[2], key.shape[2]
@@ -50,9 +50,8 @@ def cpu_attention(
         attention_mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
     if not differentiated or keys > LONGEST:
         compute = torch.float32 if differentiated else query.dtype
-        heads = scaled_dot_product_attention(
-            *(x.to(compute) for x in (query, key, value)), attn_mask=attention_mask, scale=scaling, enable_gqa=True
-        ).to(query.dtype)
+        q, k, v = query.to(compute), key.to(compute), value.to(compute)
+        heads = scaled_dot_product_attention(q, k, v, attention_mask, scale=scaling, enable_gqa=True).to(query.dtype)
     else:
         heads = _by_products(query, key, value, attention_mask, scaling or query.shape[-1] ** -0.5)
     return heads.transpose(1, 2).contiguous(), None

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,8 +24,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from gdro_llm.config import Config, UsageError
 from gdro_llm.engine.attention import use_cpu_attention
 from gdro_llm.engine.precision import refresh, working_copy
-from gdro_llm.engine.scoring import TokenLogprobs, run_prompts
+from gdro_llm.engine.scoring import CHUNK, TokenLogprobs, positions, run_prompts
 from gdro_llm.engine.shapes import EMBEDDED_MODEL
+from gdro_llm.engine.tokenizations import Tokenizations
 from gdro_llm.engine.workers import SINGLE_PROCESS, Workers, full, reshard, shard
 
 ADAPTERS = "adapters.safetensors"  # beside the merged model in a folder of `Policy.save`
@@ -55,12 +56,6 @@ class Policy:
     def scorer(self) -> TokenLogprobs:
         """Log-probabilities under the policy."""
         return TokenLogprobs(self.working, self.temperature)
-
-    def at_temperature(self, temperature: float) -> Policy:
-        """The same weights at another temperature."""
-        other = replace(self, temperature=temperature)
-        other.working = self.working
-        return other
 
     def refresh(self) -> None:
         """Tell the copy what the weights are now; after every change of them."""
@@ -342,27 +337,105 @@ def completion_logprobs(
 
 @torch.no_grad()
 def success_probability(
-    policy: Policy, prompts: list[list[int]], accepted: list[tuple[str, ...]], rows: int
+    policy: Policy,
+    prompts: list[list[int]],
+    accepted: Sequence[Sequence[str]],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    rows: int,
 ) -> torch.Tensor:
-    """Exact chance of an accepted completion, (P,): the sum of their probabilities by teacher forcing, stop included.
+    """Exact chance that a completion sampled from the whole distribution is an accepted text, (P,) float64.
+
+    The sum over all token sequences that decode to one, by teacher forcing, see `sequence_logprobs`.
 
     Args:
-        policy: the model; its first stop id must be the only way to end an accepted completion.
+        policy: the model.
         prompts: P prompts, as token ids.
-        accepted: per prompt, every completion that is graded correct.
+        accepted: per prompt, every text that is graded correct.
+        max_new_tokens: where sampling cuts completions off.
+        temperature: of sampling.
         rows: sequences scored side by side.
+
+    Raises:
+        ValueError: of `Tokenizations`.
     """
     total_P = torch.zeros(len(prompts), dtype=torch.float64)
-    stop = int(policy.stop_ids[0])
-    flat = [(p, text) for p, texts in enumerate(accepted) for text in texts]
-    for start in range(0, len(flat), rows):
-        chunk = flat[start : start + rows]
-        ids = [[*policy.tokenizer.encode(text, add_special_tokens=False), stop] for _, text in chunk]
-        width = max(map(len, ids))
-        tokens = torch.tensor([row + [0] * (width - len(row)) for row in ids], device=policy.device)
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids], device=policy.device)
-        owners = sorted({p for p, _ in chunk})
-        local = torch.tensor([owners.index(p) for p, _ in chunk], device=policy.device)
-        logprobs = completion_logprobs(policy, [prompts[p] for p in owners], local, tokens, mask)
-        total_P.index_add_(0, torch.tensor([p for p, _ in chunk]), logprobs.sum(-1).double().exp().cpu())
+    sequences = accepted_sequences(policy, accepted, max_new_tokens)
+    sequences.sort(key=lambda sequence: (len(prompts[sequence[0]]), sequence[0], len(sequence[1])))  # little padding
+    for start in range(0, len(sequences), rows):
+        chunk = sequences[start : start + rows]
+        logprobs_S = sequence_logprobs(policy, prompts, chunk, max_new_tokens, temperature)
+        total_P.index_add_(0, torch.tensor([p for p, _ in chunk]), logprobs_S.exp().cpu())
     return total_P
+
+
+def tokenizations(policy: Policy) -> Tokenizations:
+    """Which token sequences, without their stop token, decode to a text; raises its ValueError."""
+    size = policy.model.get_output_embeddings().weight.shape[0]
+    return Tokenizations(policy.tokenizer, size, policy.stop_ids.tolist())
+
+
+def accepted_sequences(
+    policy: Policy, accepted: Sequence[Sequence[str]], max_new_tokens: int
+) -> list[tuple[int, list[int]]]:
+    """Every sequence of tokens that decodes to an accepted text, each with the number of its prompt."""
+    every = tokenizations(policy)
+    return [
+        (p, ids)
+        for p, texts in enumerate(accepted)
+        for text in dict.fromkeys(texts)
+        for ids in every.of(text, max_new_tokens)
+    ]
+
+
+def sequence_logprobs(
+    policy: Policy,
+    prompts: list[list[int]],
+    sequences: Sequence[tuple[int, list[int]]],
+    max_new_tokens: int,
+    temperature: float,
+) -> torch.Tensor:
+    """Log-probability that sampling yields each sequence, (S,) float64; gradients flow if they are enabled.
+
+    A sequence of `max_new_tokens` is cut off; after a shorter one any stop token may follow. Every prompt is encoded
+    once.
+
+    Args:
+        policy: the model.
+        prompts: as token ids.
+        sequences: S times the number of a prompt and tokens, without the stop token.
+        max_new_tokens: length of the longest completion.
+        temperature: of sampling.
+    """
+    device, lengths = policy.device, [len(ids) for _, ids in sequences]
+    place = {p: i for i, p in enumerate(dict.fromkeys(p for p, _ in sequences))}
+    owner_S = torch.tensor([place[p] for p, _ in sequences], device=device)
+    end = -1  # in the place of the stop token
+    padded = [[*ids, end] + [0] * (max(lengths) - len(ids)) for _, ids in sequences]
+    tokens_S_T = torch.tensor(padded, device=device)
+    drawn_S = torch.tensor([min(n + 1, max_new_tokens) for n in lengths], device=device)
+    mask_S_T = (torch.arange(tokens_S_T.shape[1], device=device) < drawn_S[:, None]).long()
+    out, mask_P_W = run_prompts(policy.working, [prompts[p] for p in place])
+    hidden_S_T_H = out.last_hidden_state[owner_S, -1:]
+    if max(lengths):
+        out.past_key_values.batch_select_indices(owner_S)
+        mask = torch.cat([mask_P_W[owner_S], mask_S_T[:, :-1]], dim=1)
+        forced = policy.working.base_model(
+            input_ids=tokens_S_T[:, :-1].clamp(min=0),
+            attention_mask=mask,
+            position_ids=positions(mask)[:, mask_P_W.shape[1] :],
+            past_key_values=out.past_key_values,
+            use_cache=True,
+        )
+        hidden_S_T_H = torch.cat([hidden_S_T_H, forced.last_hidden_state], dim=1)
+    where = mask_S_T.bool()
+    hidden_N_H, token_N, head = hidden_S_T_H[where], tokens_S_T[where], policy.working.get_output_embeddings()
+    size = max(1, CHUNK // head.weight.shape[0])
+    parts = []
+    for hidden, token in zip(hidden_N_H.split(size), token_N.split(size), strict=True):
+        logprobs = torch.log_softmax(head(hidden).float() / temperature, dim=-1)
+        of_token = logprobs.gather(-1, token.clamp(min=0)[:, None])[:, 0]
+        parts.append(torch.where(token == end, logprobs[:, policy.stop_ids].logsumexp(-1), of_token))
+    total_S = torch.zeros(len(sequences), dtype=torch.float64, device=device)
+    return total_S.index_add(0, where.nonzero()[:, 0], torch.cat(parts).double())

@@ -52,6 +52,15 @@ def joined(parts: Sequence[Rollouts]) -> Rollouts:
     )
 
 
+def interleaved(first: Rollouts, second: Rollouts) -> Rollouts:
+    """Rollouts of the same prompts, drawn one after the other: prompt after prompt, the first ones first."""
+    both = joined([first, second])
+    owner = both.owner_R % len(first.prompts)
+    order = owner.argsort(stable=True)
+    tensors = (both.tokens_R_T[order], both.mask_R_T[order], both.logprobs_R_T[order], both.truncated_R[order])
+    return Rollouts(first.prompts, owner[order], *tensors, [both.texts[r] for r in order.tolist()])
+
+
 @dataclass(frozen=True)
 class Decoding:
     """How tokens are drawn: softmax(logits / temperature), cut to the top_k likeliest and then to the nucleus."""

@@ -58,7 +58,11 @@ class Workers:
             dist.barrier()
 
     def assign(self, counts_P: np.ndarray, parts: int = 1) -> np.ndarray:
-        """Rows of the plan that this process samples and trains, ascending; the processes' rows are a partition.
+        """Rows of the plan that this process samples and trains, ascending; the processes' rows are a partition."""
+        return self.rows(self.divide(counts_P, parts), counts_P)
+
+    def divide(self, counts_P: np.ndarray, parts: int = 1) -> np.ndarray:
+        """The process of each prompt, (P,).
 
         Whole prompts are assigned, the largest first, each to the process with the fewest rows so far, separately in
         each of `parts` consecutive parts of the prompts with rows (the mini-batches, see `split_prompts`), so that all
@@ -70,6 +74,10 @@ class Workers:
             for p in part[np.argsort(-counts_P[part], kind="stable")]:
                 process_P[p] = np.argmin(load)
                 load[process_P[p]] += counts_P[p]
+        return process_P
+
+    def rows(self, process_P: np.ndarray, counts_P: np.ndarray) -> np.ndarray:
+        """Rows of a plan, ascending, of the prompts of this process."""
         return np.flatnonzero(np.repeat(process_P, counts_P) == self.rank)
 
     def collect(self, rows: np.ndarray, values: Any, total: int) -> list[Any]:

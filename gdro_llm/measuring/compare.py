@@ -222,7 +222,7 @@ def compare_preset(
 
     settings = {**load_preset(preset), **overrides}
     if settings.get("data", "cells") in CELL_SETS:
-        settings = {"validation_problems": 500, "eval_exact": True, "eval_every": 10, **settings}
+        settings = {"validation_problems": 500, "eval_every": 10, **settings}
     config = Config(**{"validation_problems": 200, **settings, "save_every": settings.get("save_every", 40)})
     if not config.validation_problems:
         raise UsageError("validation_problems must be above 0: the test problems choose nothing here")

@@ -59,8 +59,9 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; font: .82rem/1.45 ui-monos
 @media print { body { margin: 0; max-width: none; font-size: 11px; } img, tr, .sample { break-inside: avoid; }
                h2, h3, h2 + p { break-after: avoid; } }
 """
-ERRORS = """± is one standard error of a single run's evaluation, over its problems and sampled answers. A
-        difference combines the two as if they were independent, which is usually too wide, since the problems are
+ERRORS = """± is one standard error of a single run's evaluation, over its problems and answers, where
+        these are sampled. A difference combines the two as if they were independent, which is usually
+        too wide, since the problems are
         the same. It is no interval over training seeds: another seed may move a result by more, and only repeated
         runs can say by how much. A rate called exact_ is computed from the model's probabilities, without sampling."""
 SECTIONS = {

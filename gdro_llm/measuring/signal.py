@@ -6,8 +6,8 @@ with gradients g_1 and g_2. With g = (g_1 + g_2) / 2 the gradient of the batch,
 
     E [g_1 . g_2] = |E g|^2 (signal),    E |g_1 - g_2|^2 / 4 = E |g - E g|^2 (noise),    SNR = signal / noise,
 
-the first because halves of a batch are independent but for the plan. As the embedded cells have exact success
-probabilities p, so have mean@1 and pass@k exact gradients u over the training problems; `cosine` is
+the first because halves of a batch are independent but for the plan. As success probabilities p must be known
+(`evaluation.no_exact_rates`), mean@1 and pass@k have exact gradients u over the training problems; `cosine` is
 E [g . u] / (sqrt(E |g|^2) |u|): the share of one step along the wanted gradient. It is what a batch is worth to an
 optimizer that normalises its steps, and does not depend on the scale of the weights.
 """
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from gdro_core import PublishedController
 from gdro_llm.config import Config, UsageError
-from gdro_llm.engine.policy import Policy, load_policy
+from gdro_llm.engine.policy import Policy, accepted_sequences, load_policy, sequence_logprobs
 from gdro_llm.engine.transformers import HFSampler
 from gdro_llm.engine.workers import SINGLE_PROCESS
 from gdro_llm.intervals import percentile_interval
@@ -39,7 +39,7 @@ from gdro_llm.problems.rewards import Grader
 from gdro_llm.training.batch import Batch
 from gdro_llm.training.checkpoint import write_file
 from gdro_llm.training.clock import Clock
-from gdro_llm.training.evaluation import exact_rates, has_exact_rates
+from gdro_llm.training.evaluation import exact_rates
 from gdro_llm.training.gradient import BatchLoss
 from gdro_llm.training.planners import build_controller
 from gdro_llm.training.step import collect
@@ -73,8 +73,6 @@ def measure(config: Config, methods: Sequence[Method], warm_up: int, batches: in
                 raise UsageError(f"gdro signal cannot measure {label!r}, which {reason}; leave it out of --methods")
     train, _ = load_problems(config)
     train, _ = hold_out(train, config)
-    if not has_exact_rates(train, config):
-        raise UsageError("gdro signal needs exact success probabilities: data of cells")
     policy = load_policy(config)
     wanted = {"mean@1": 1, f"pass@{config.eval_samples}": config.eval_samples}
     rates = exact_rates(policy, train, config)
@@ -92,23 +90,17 @@ def measure(config: Config, methods: Sequence[Method], warm_up: int, batches: in
 def exact_gradient(
     policy: Policy, problems: Sequence[Problem], config: Config, p_P: np.ndarray, k: int, rows: int = 256
 ) -> torch.Tensor:
-    """Flat gradient of the mean over problems of 1 - (1 - p)^k, by teacher forcing of the accepted completions."""
-    device = policy.device
-    stop = int(policy.stop_ids[0])
-    flat = [(i, text) for i, problem in enumerate(problems) for text in problem.accepted]
-    factor = torch.tensor(k * (1.0 - p_P) ** (k - 1) / len(problems), device=device)
-    parameters = [p for p in policy.model.parameters() if p.requires_grad]
+    """Flat gradient of the mean over problems of 1 - (1 - p)^k, by teacher forcing of the correct completions."""
+    factor = torch.tensor(k * (1.0 - p_P) ** (k - 1) / len(problems), device=policy.device)
+    prompts = [prompt_tokens(policy.tokenizer, problem, config) for problem in problems]
+    sequences = accepted_sequences(policy, [problem.correct for problem in problems], config.max_new_tokens)
+    parameters = [p for p in policy.working.parameters() if p.requires_grad]
     total = torch.zeros(sum(p.numel() for p in parameters))
-    for start in range(0, len(flat), rows):
-        owners, texts = zip(*flat[start : start + rows], strict=True)
-        prompts = [prompt_tokens(policy.tokenizer, problems[i], config) for i in owners]
-        ids = [[*policy.tokenizer.encode(text, add_special_tokens=False), stop] for text in texts]
-        width = max(map(len, ids))
-        tokens = torch.tensor([row + [0] * (width - len(row)) for row in ids], device=device)
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids], device=device)
-        logprobs, _ = policy.scorer.plain(prompts, torch.arange(len(ids)), tokens, mask)
-        objective = (logprobs.sum(-1).double().exp() * factor[list(owners)]).sum()
-        total += torch.cat([g.flatten() for g in torch.autograd.grad(objective, parameters)]).cpu()
+    for start in range(0, len(sequences), rows):
+        chunk = sequences[start : start + rows]
+        logprobs_S = sequence_logprobs(policy, prompts, chunk, config.max_new_tokens, config.eval_temperature)
+        objective = (logprobs_S.exp() * factor[[i for i, _ in chunk]]).sum()
+        total += torch.cat([g.flatten().float() for g in torch.autograd.grad(objective, parameters)]).cpu()
     return total
 
 

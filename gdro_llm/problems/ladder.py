@@ -6,6 +6,9 @@
     Q: 6 + 2
     A:
 
+One completion is accepted: a blank and the number, as in the examples. With grader "exact" success probabilities are
+known; grader "number" takes " 8.", "8.0" and endlessly many others, too.
+
 Steps of the ladder go from copying a number, which a 135M model always does, to three-digit sums, which it almost never
 does, so that difficulty has a tail from the start.
 """
@@ -72,7 +75,14 @@ def ladder_problems(split: str) -> list[Problem]:
             if len(answers) == PER_TASK[split]:
                 break
         problems += [
-            Problem(f"ladder/{task}/{question}", f"{header}Q: {question}\nA:", str(answer), task, level)
+            Problem(
+                id=f"ladder/{task}/{question}",
+                prompt=f"{header}Q: {question}\nA:",
+                answer=str(answer),
+                task=task,
+                level=level,
+                accepted=(f" {answer}",),
+            )
             for question, answer in answers.items()
         ]
     return problems

@@ -1,8 +1,9 @@
 """Problems by name or by file, for training, validation and test.
 
 Names are the embedded sets ("cells", "ladder") and the public ones (`public.KNOWN`); files are .jsonl or .parquet with
-`problem` and `answer`, and `id`, `level`, `subject`, `source` if they have them. A flaw in a file of the user's own is
-an error. Training problems of a public set that occur in a test set are left out, and counted in a line of the log.
+`problem` and `answer`, and `id`, `level`, `subject`, `source`, `accepted` if they have them. A flaw in a file of the
+user's own is an error. Training problems of a public set that occur in a test set are left out, and counted in a line
+of the log.
 """
 
 from __future__ import annotations
@@ -113,6 +114,9 @@ def read_set(name: str, split: str = "train") -> list[Problem]:
 def read_jsonl(path: Path) -> list[Problem]:
     """Problems of a JSON-lines file with `problem` and `answer`; `id`, `level` and `subject` are used if present.
 
+    `accepted`, a list of texts, is what grader "exact" takes for correct in place of the answer: all of it, to the
+    letter. Other graders read the answer alone.
+
     Without an `id` a problem is named by the hash of its text. An empty answer, a repeated id, a text with two answers
     or a line that is not an object is an error that names the line.
     """
@@ -143,6 +147,9 @@ def _from_rows(path: Path, rows: Iterable[tuple[str, Any]]) -> list[Problem]:
             )
         if not isinstance(row.get("answer"), str | int | float) or not str(row["answer"]).strip():
             raise UsageError(f"{where}: needs an 'answer', text or number; a problem without one cannot be graded")
+        accepted = row.get("accepted")
+        if accepted is not None and not (accepted and isinstance(accepted, list) and all(map(_is_text, accepted))):
+            raise UsageError(f"{where}: 'accepted' must be a list of texts, every completion that is correct")
         name = str(row.get("id") or f"{path.stem}/{content_hash(text)}")
         problem = Problem(
             id=name,
@@ -150,6 +157,7 @@ def _from_rows(path: Path, rows: Iterable[tuple[str, Any]]) -> list[Problem]:
             answer=str(row["answer"]).strip(),
             task=str(row.get("subject") or row.get("source") or path.stem),
             level=str(row.get("level") or ""),
+            accepted=tuple(accepted or ()),
         )
         other = answers.setdefault(content(text), problem)
         if other.answer != problem.answer:
@@ -163,6 +171,10 @@ def _from_rows(path: Path, rows: Iterable[tuple[str, Any]]) -> list[Problem]:
     if not by_id:
         raise UsageError(f"{path} holds no problems")
     return list(by_id.values())
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
 def _embedded(name: str, split: str) -> list[Problem]:

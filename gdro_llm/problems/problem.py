@@ -14,4 +14,13 @@ class Problem:
     answer: str  # gold answer, as text
     task: str = ""  # family of problems, for tables by task
     level: str = ""  # coarse difficulty ("easy", "middle", "hard"), for tables by level
-    accepted: tuple[str, ...] = ()  # where finite: every completion graded correct, so that pass rates are exact
+    accepted: tuple[str, ...] = ()  # what grader "exact" takes for correct, where that is not the answer alone
+
+    @property
+    def correct(self) -> tuple[str, ...]:
+        """Every completion that grader "exact" takes for correct, to the letter, leading blanks included.
+
+        >>> Problem("sum", "Q: 3 + 4\\nA:", "7").correct, Problem("sum", "Q: 3 + 4\\nA:", "7", accepted=(" 7",)).correct
+        (('7',), (' 7',))
+        """
+        return self.accepted or (self.answer,)

@@ -50,7 +50,7 @@ BEFORE_BOX, AFTER_BOX = 1000, 4000  # what math-verify sees of a long completion
 
 def grade_exact(problem: Problem, completion: str) -> float:
     """The completion is one of the accepted ones (or the answer, where none are listed), to the letter."""
-    return float(completion in (problem.accepted or (problem.answer,)))
+    return float(completion in problem.correct)
 
 
 def grade_number(problem: Problem, completion: str) -> float:
@@ -206,8 +206,9 @@ class Grader:
 
     def check_gold(self, problems: Sequence[Problem]) -> None:
         """Every gold answer, written as a model should, is correct; else a UsageError that names one which is not."""
-        boxed = self._name == "math"
-        texts = [f"\\boxed{{{problem.answer}}}" if boxed else problem.answer for problem in problems]
+        boxed, exact = self._name == "math", self._name == "exact"
+        answers = [problem.correct[0] if exact else problem.answer for problem in problems]
+        texts = [f"\\boxed{{{answer}}}" if boxed else answer for answer in answers]
         wrong = [
             problem
             for problem, text, reward in zip(problems, texts, self.grade(problems, texts), strict=True)

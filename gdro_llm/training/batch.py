@@ -1,8 +1,8 @@
 """What enters the loss: rollouts and, by row, an advantage, a factor and whether the row counts.
 
 `make_batch` turns graded rollouts into that record: advantages are centred (and scaled) within each prompt's group,
-whatever its size (Eq. 3), and the prompt's weight (Eq. 16) is a factor beside them. `Refill` gathers mixed groups of
-several steps until they are a batch (dynamic sampling, DAPO).
+whatever its size (Eq. 3; in stages where the plan has two), and the prompt's weight (Eq. 16) is a factor beside them.
+`Refill` gathers mixed groups of several steps until they are a batch (dynamic sampling, DAPO).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gdro_core import Plan
+from gdro_core import Plan, staged_advantages
 from gdro_llm.config import Config
 from gdro_llm.engine.rollouts import Rollouts, joined
 from gdro_llm.training.losses import group_advantages, overlong_penalty, rollout_scale
@@ -48,7 +48,13 @@ def make_batch(rollouts: Rollouts, rewards_R: np.ndarray, plan: Plan, config: Co
         lengths_R = rollouts.mask_R_T.sum(-1).cpu().numpy()
         rewards_R = rewards_R + overlong_penalty(lengths_R, config.max_new_tokens, config.overlong_buffer)
     owner_R = rollouts.owner_R.cpu().numpy()
-    advantages_R = group_advantages(rewards_R, owner_R, scale=config.scale_rewards, included_R=included_R)
+    if plan.first is None:
+        advantages_R = group_advantages(rewards_R, owner_R, scale=config.scale_rewards, included_R=included_R)
+    else:
+        stage_R = plan.stage[np.isin(plan.owner, owner_R)]
+        kept = (rewards_R[included_R], owner_R[included_R], stage_R[included_R])
+        advantages_R = np.zeros(len(rewards_R))
+        advantages_R[included_R] = staged_advantages(*kept, scale=config.scale_rewards)
     scale_R = rollout_scale(plan.weights, plan.counts, owner_R, config.aggregation)
     return Batch(rollouts, advantages_R, scale_R, included_R)
 

@@ -64,9 +64,8 @@ def measure(
     step: int,
     workers: Workers = SINGLE_PROCESS,
 ) -> None:
-    """Let a controller that learns variance components observe `half_gradients`, every `measure_every` steps."""
-    due = config.measure_every and step % config.measure_every == 0
-    if due and isinstance(controller, GDROController) and controller.components is not None:
+    """Let a controller that learns variance components observe `half_gradients`, when it asks for them."""
+    if isinstance(controller, GDROController) and controller.measures(plan, config.measure_every):
         h = half_gradients(policy, rollouts, rewards_R, plan, config, step, workers)
         controller.observe_gradients(plan, h.prompts_M, h.first_M_D, h.second_M_D, h.correct_M_2, h.trials_M_2)
 

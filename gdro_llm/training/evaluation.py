@@ -4,6 +4,9 @@ A problem's result is its number c of correct samples among n, so every rate is 
 c: mean@n of c / n, pass@k of 1 - C(n - c, k) / C(n, k). Standard errors and intervals are over problems, the sampled
 answers included: what another draw of as many problems like these would give.
 
+A success probability p needs no samples: mean@n is the mean of p, pass@k that of 1 - (1 - p)^k, which is what sampling
+estimates. It is known where the correct completions can be listed (`no_exact_rates`), by teacher forcing of each.
+
 Draws depend on the seed, the name of the set, and the place of a problem in it; never on other sets, nor on problems
 that come later. This assumes of the sampler that the draws of a row depend on the seed of the call, the row's number
 and its prompt (the transformers sampler also needs the same `sample_rows`).
@@ -22,8 +25,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from gdro_core import pass_at_k
-from gdro_llm.config import Config
-from gdro_llm.engine.policy import Policy, success_probability
+from gdro_llm.config import Config, UsageError
+from gdro_llm.engine.policy import Policy, success_probability, tokenizations
 from gdro_llm.engine.rollouts import Decoding
 from gdro_llm.engine.sampler import Sampler
 from gdro_llm.engine.workers import SINGLE_PROCESS, Workers, whole_weights
@@ -37,6 +40,7 @@ Floats = NDArray[np.float64]
 ROWS = 2048  # completions in one call of the sampler: bounds memory, and the bar moves
 RESAMPLES = 9999
 OWN_BINS = 4
+FEW = 32  # correct token sequences of a problem, on average, up to which its success probability is computed
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Scores:
     correct_P_N: NDArray[np.bool_]
     length_P_N: NDArray[np.int64]  # [tokens], the stop token included
     truncated_P_N: NDArray[np.bool_]
-    exact_P: Floats | None  # success probabilities, where all accepted completions are listed
+    exact_P: Floats | None  # success probabilities, where `has_exact_rates`
 
     def part(self, rows: Any = slice(None), samples: Any = slice(None)) -> Scores:
         """Some of the problems, some of the samples."""
@@ -73,10 +77,12 @@ def evaluate(
 ) -> dict[str, Any]:
     """Sample `eval_samples` completions a problem as `config` wants them for evaluation, and `tabulate` the correct.
 
-    With `eval_exact` nothing is sampled: rates are computed from success probabilities, see `tabulate_exact`.
+    With `eval_exact`, and where it is unset and success probabilities are known, nothing is sampled: rates are computed
+    from these, see `tabulate_exact`.
     """
-    if config.eval_exact:
-        return tabulate_exact(problems, exact_rates(policy, problems, config), config.eval_samples)
+    exact = has_exact_rates(policy, problems, config) if config.eval_exact is None else config.eval_exact
+    if exact:
+        return tabulate_exact(problems, exact_rates(policy, problems, config, workers), config.eval_samples)
     return tabulate(score(policy, problems, config, sampler, grader, workers))
 
 
@@ -93,8 +99,7 @@ def score(
 
     All processes call it and get the same result; each samples and grades the problems assigned to it.
 
-    Exact success probabilities are added where accepted completions are all that is graded correct: grader "exact", the
-    model's own end, the whole distribution.
+    Exact success probabilities are added where `has_exact_rates`.
     """
     samples, size = config.eval_samples, len(problems)
     decoding = Decoding(config.max_new_tokens, config.eval_temperature, config.eval_top_p, config.eval_top_k)
@@ -116,23 +121,60 @@ def score(
     rewards, length, truncated = (np.array(column).reshape(size, samples) for column in zip(*answers, strict=True))
     if not np.isin(rewards, (0, 1)).all():
         raise ValueError(f"grades must be 0 or 1 to be counted, got {rewards}")
-    exact = exact_rates(policy, problems, config) if has_exact_rates(problems, config) else None
+    exact = exact_rates(policy, problems, config, workers) if has_exact_rates(policy, problems, config) else None
     return Scores(tuple(problems), rewards == 1, length, truncated, exact)
 
 
-def has_exact_rates(problems: Sequence[Problem], config: Config) -> bool:
-    """Whether accepted completions are all that is graded correct, and any completion can be drawn."""
-    whole = config.eval_top_p == 1 and not config.eval_top_k and not config.stop
-    return config.grader == "exact" and whole and all(problem.accepted for problem in problems)
+def no_exact_rates(policy: Policy, problems: Sequence[Problem], config: Config) -> str:
+    """Why success probabilities of these problems cannot be computed; "" where they can.
+
+    They can where a sampled completion is correct if and only if its tokens are one of few known sequences.
+    """
+    if config.grader != "exact":
+        return f"grader {config.grader!r} takes more completions for correct than a list can hold; exact does not"
+    if config.eval_top_p < 1 or config.eval_top_k:
+        return "eval_top_p and eval_top_k must leave the whole distribution"
+    try:
+        every = tokenizations(policy)
+        counts = [every.count(text, config.max_new_tokens) for problem in problems for text in problem.correct]
+    except ValueError as error:
+        return str(error)
+    mean = sum(counts) / len(problems)
+    return f"a problem has {mean:.4g} correct token sequences on average, more than {FEW}" if mean > FEW else ""
 
 
-def exact_rates(policy: Policy, problems: Sequence[Problem], config: Config) -> Floats:
-    """(P,) success probabilities, where `has_exact_rates`."""
-    prompts = [prompt_tokens(policy.tokenizer, problem, config) for problem in problems]
-    scored = policy.at_temperature(config.eval_temperature)
+def has_exact_rates(policy: Policy, problems: Sequence[Problem], config: Config) -> bool:
+    """Whether success probabilities can be computed, see `no_exact_rates`."""
+    return not no_exact_rates(policy, problems, config)
+
+
+def exact_rates(
+    policy: Policy, problems: Sequence[Problem], config: Config, workers: Workers = SINGLE_PROCESS
+) -> Floats:
+    """(P,) chances that a completion sampled for evaluation is graded correct.
+
+    Each process computes those of its problems, and all get the same.
+
+    Raises:
+        UsageError: they cannot be computed, see `no_exact_rates`, or the model's logits are not finite.
+    """
+    if reason := no_exact_rates(policy, problems, config):
+        raise UsageError(f"success probabilities are unknown: {reason}")
+    mine = workers.assign(np.ones(len(problems), int))
+    prompts = [prompt_tokens(policy.tokenizer, problems[i], config) for i in mine]
     with whole_weights(policy.scorer):
-        accepted = [problem.accepted for problem in problems]
-        return np.asarray(success_probability(scored, prompts, accepted, config.sample_rows).numpy())
+        p = success_probability(
+            policy,
+            prompts,
+            [problems[i].correct for i in mine],
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.eval_temperature,
+            rows=config.sample_rows,
+        )
+    p_P = np.array(workers.collect(mine, p.tolist(), len(problems)))
+    if not np.isfinite(p_P).all():
+        raise UsageError("the model's logits are not finite; go back to an earlier checkpoint and lower learning_rate")
+    return np.minimum(p_P, 1.0)  # a sum of roundings
 
 
 def tabulate_exact(problems: Sequence[Problem], p_P: Floats, n: int) -> dict[str, Any]:

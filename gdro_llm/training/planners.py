@@ -19,6 +19,7 @@ from gdro_core import (
     CVaR,
     Entropic,
     GDROController,
+    LearntPrior,
     Plan,
     PublishedController,
     gradient_weight,
@@ -113,6 +114,8 @@ def build_controller(config: Config) -> GDROController | PublishedController:
                 adversary=adversary_of(config, RECOMMENDED_STEP),
                 kappa=config.kappa,
                 error=config.verifier_error,
+                prior=LearntPrior() if config.learnt_prior else (0.5, 0.5),
+                pilot=config.pilot,
                 **shared,
             )
         kinds = {"joint": GDROController, "implicit": ImpliedWeights}

@@ -1,5 +1,7 @@
 """The first part of a step: plan -> sample -> grade -> observe. What moves the policy is `gdro_llm.training.update`.
 
+With a pilot there are two stages: plan -> sample -> grade -> replan -> sample -> grade -> observe (theorem 21).
+
 Nothing random has a state: every draw is seeded by (seed, step), so that a resumed run needs no generator saved.
 """
 
@@ -11,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from gdro_core import Plan, Planner
+from gdro_core import GDROController, Plan, Planner
 from gdro_llm.config import Config
-from gdro_llm.engine.rollouts import Decoding, Rollouts
+from gdro_llm.engine.rollouts import Decoding, Rollouts, interleaved
 from gdro_llm.engine.sampler import Sampler
 from gdro_llm.engine.workers import Workers
 from gdro_llm.problems.load import batch_indices
@@ -23,6 +25,26 @@ from gdro_llm.problems.rewards import Grader
 from gdro_llm.training.batch import Batch, make_batch
 from gdro_llm.training.clock import Clock
 from gdro_llm.training.planners import candidates_of
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Rollouts of a stage, or of a plan, and their rewards."""
+
+    rollouts: Rollouts  # of this process
+    rewards: np.ndarray  # of these
+    rewards_R: np.ndarray  # of all processes
+    over_limit: float  # completions of all processes that broke a limit of the grader
+
+    def followed_by(self, later: Drawn, plan: Plan) -> Drawn:
+        """Both stages, in the order of the whole plan."""
+        owner_R = plan.owner[np.argsort(plan.stage, kind="stable")]  # as they were drawn
+        mine_R = np.concatenate([x.rollouts.owner_R.cpu().numpy() for x in (self, later)])
+        rewards, rewards_R = (
+            np.concatenate([getattr(x, name) for x in (self, later)])[np.argsort(owner, kind="stable")]
+            for name, owner in (("rewards", mine_R), ("rewards_R", owner_R))
+        )
+        return Drawn(interleaved(self.rollouts, later.rollouts), rewards, rewards_R, self.over_limit + later.over_limit)
 
 
 @dataclass(frozen=True)
@@ -57,25 +79,35 @@ def collect(
         prompt_tokens(sampler.policy.tokenizer, problem, config) if count else []
         for problem, count in zip(chosen, plan.counts, strict=True)
     ]
-    mine = workers.assign(plan.counts, config.minibatches)
+    process_P = workers.divide(plan.counts, config.minibatches)
+
+    def draw(counts_P: np.ndarray, stage: int) -> Drawn:
+        mine = workers.rows(process_P, counts_P)
+        with clock("sample"):
+            decoding, seed = Decoding(config.max_new_tokens, config.temperature), step_seed(config.seed, step, stage)
+            rollouts = sampler.sample(prompts, counts_P, decoding, seed=seed, rows=mine)
+        with clock("grade"):
+            rewards = grader.grade([chosen[p] for p in rollouts.owner_R.tolist()], rollouts.texts)
+            rewards = flip_rewards(rewards, mine, int(counts_P.sum()), config, step, stage)
+            rewards_R = np.array(workers.collect(mine, rewards.tolist(), int(counts_P.sum())))
+            return Drawn(rollouts, rewards, rewards_R, float(workers.total(np.array(grader.over_limit))))
+
     with clock("sync"):
         sampler.sync()
+    drawn = draw(plan.counts, 0)
+    if plan.rest and isinstance(controller, GDROController):  # pilot and commit
+        with clock("controller"):
+            plan = controller.replan(plan, drawn.rewards_R)
+        drawn = drawn.followed_by(draw(plan.more, 1), plan)
     with clock("sample"):
-        decoding, seed = Decoding(config.max_new_tokens, config.temperature), step_seed(config.seed, step)
-        rollouts = sampler.sample(prompts, plan.counts, decoding, seed=seed, rows=mine)
         sampler.sleep()
-    with clock("grade"):
-        rewards = grader.grade([chosen[p] for p in rollouts.owner_R.tolist()], rollouts.texts)
-        rewards = flip_rewards(rewards, mine, len(plan.owner), config, step)
-        rewards_R = np.array(workers.collect(mine, rewards.tolist(), len(plan.owner)))
-        graded = {}
-        if config.grader == "math":  # the others have no limits
-            graded["grade_limit_share"] = float(workers.total(np.array(grader.over_limit))) / len(plan.owner)
     with clock("controller"):
-        observed = controller.observe(plan, rewards_R)
+        observed = controller.observe(plan, drawn.rewards_R)
     with clock("update"):
-        batch = make_batch(rollouts, rewards, plan, config)
-    return Collected(plan, chosen, batch, rewards, rewards_R, graded, observed)
+        batch = make_batch(drawn.rollouts, drawn.rewards, plan, config)
+    # other graders have no limits
+    graded = {"grade_limit_share": drawn.over_limit / len(plan.owner)} if config.grader == "math" else {}
+    return Collected(plan, chosen, batch, drawn.rewards, drawn.rewards_R, graded, observed)
 
 
 def candidates(problems: Sequence[Problem], config: Config, step: int) -> list[Problem]:
@@ -88,17 +120,19 @@ def candidates(problems: Sequence[Problem], config: Config, step: int) -> list[P
     return [problems[i] for i in rows]
 
 
-def flip_rewards(rewards: np.ndarray, rows: np.ndarray, total: int, config: Config, step: int) -> np.ndarray:
-    """Grades of some rows of the plan, a share `reward_noise` of them flipped: r becomes 1 - r."""
+def flip_rewards(
+    rewards: np.ndarray, rows: np.ndarray, total: int, config: Config, step: int, stage: int = 0
+) -> np.ndarray:
+    """Grades of some rows of a stage, a share `reward_noise` of them flipped: r becomes 1 - r."""
     if not config.reward_noise:
         return rewards
-    wrong = np.random.default_rng([config.seed, step, 2]).random(total)[rows] < config.reward_noise
+    wrong = np.random.default_rng([config.seed, step, 2, *[stage] * stage]).random(total)[rows] < config.reward_noise
     return np.where(wrong, 1.0 - rewards, rewards)
 
 
-def step_seed(seed: int, step: int) -> int:
-    """Seed of a step's draws."""
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
+def step_seed(seed: int, step: int, stage: int = 0) -> int:
+    """Seed of the draws of a step's stage."""
+    return int(np.random.SeedSequence([seed, step, *[stage] * stage]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def summarise(

@@ -18,6 +18,7 @@ import gc
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from gdro_llm.engine.sampler import Sampler, make_sampler
 from gdro_llm.engine.shapes import Shape, UnknownShape, shape_of
 from gdro_llm.engine.workers import Workers, record_failures, start_workers, stop_workers
 from gdro_llm.problems.load import hold_out, load_problems
+from gdro_llm.problems.problem import Problem
 from gdro_llm.problems.prompting import drop_long_prompts, prompt_tokens, with_prompt_limit
 from gdro_llm.problems.rewards import Grader
 from gdro_llm.training.batch import Batch, Refill
@@ -48,7 +50,7 @@ from gdro_llm.training.checkpoint import (
 )
 from gdro_llm.training.clock import Clock, trained_tokens
 from gdro_llm.training.components import measure
-from gdro_llm.training.evaluation import evaluate, has_exact_rates
+from gdro_llm.training.evaluation import evaluate, no_exact_rates
 from gdro_llm.training.gradient import sampler_gap
 from gdro_llm.training.optimizer_state import load_optimizer_state, optimizer_state
 from gdro_llm.training.planners import build_controller, candidates_of
@@ -135,6 +137,7 @@ class Run:
         self.policy = load_policy(config, checkpoint, self.workers)
         self._drop_long_prompts()
         held_out = [*self.validation_problems, *self.test_problems]
+        self.config = config = self._decide_evaluation(held_out, checkpoint)
         self.grader = cleanup.enter_context(Grader(config))
         self.grader.check_gold([*self.train_problems, *held_out])
         self.optimizer = build_optimizer(self.policy, config)
@@ -174,18 +177,26 @@ class Run:
             say(self.workers, check_fits(config, torch.cuda.mem_get_info()[1], self.workers.size))
 
     def _load_problems(self) -> None:
-        """Training, validation and test problems; a UsageError for `eval_exact` without success probabilities."""
+        """Training, validation and test problems."""
         config = self.config
         train, self.test_problems = load_problems(config)
         self.train_problems, self.validation_problems = hold_out(train, config)
-        if config.eval_exact and not has_exact_rates([*self.validation_problems, *self.test_problems], config):
-            raise UsageError("eval_exact needs data of cells, grader 'exact', no stop, and plain samples")
 
     def _find_checkpoint(self, *, resume: bool, fresh: bool) -> Path | None:
         """The checkpoint that the first process goes on from, for all."""
         mine = find_checkpoint(self.out, self.config, resume=resume, fresh=fresh) if self.workers.rank == 0 else None
         first: Path | None = self.workers.gather(mine)[0]
         return first
+
+    def _decide_evaluation(self, held_out: list[Problem], checkpoint: Path | None) -> Config:
+        """The configuration with `eval_exact` decided: as the run began, or else where probabilities are known."""
+        config = self.config
+        if config.eval_exact is None and checkpoint is not None:
+            config = replace(config, eval_exact=(read_config(self.out) or {}).get("eval_exact", False))
+        reason = no_exact_rates(self.policy, held_out, config)
+        if config.eval_exact and reason:
+            raise UsageError(f"eval_exact must be off: {reason}")
+        return replace(config, eval_exact=not reason) if config.eval_exact is None else config
 
     def _drop_long_prompts(self) -> None:
         """Leave out training problems with long prompts; enough must be left for a planner that chooses."""

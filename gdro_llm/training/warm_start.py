@@ -124,7 +124,8 @@ def level_table(policy: Policy, problems: Sequence[Problem]) -> str:
 
     def success(prompts: list[str], accepted: list[tuple[str, ...]]) -> np.ndarray:
         ids = [policy.tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
-        return success_probability(policy, ids, accepted, rows=512).numpy()
+        longest = MAX_COMPLETION_LENGTH
+        return success_probability(policy, ids, accepted, max_new_tokens=longest, temperature=1.0, rows=512).numpy()
 
     p = success([x.prompt for x in problems], [x.accepted for x in problems])
     forced = success([x.prompt[:-1] + FORCE for x in problems], [x.accepted[1:] for x in problems])

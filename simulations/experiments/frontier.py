@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from gdro_core import Entropic, GDROController, Planner
+from gdro_core import Entropic, GDROController, LearntPrior, Planner
 from gdro_llm.intervals import mean_interval
 from gdro_llm.measuring.tables import markdown, with_interval
 from simulations.controls import Choosing, Dealt, GroupsOf
@@ -135,6 +135,11 @@ def _sharper(population: Learner, batch: int, seed: int) -> Planner:
     return Choosing(GDROController.recommended(MEAN, adversary=Entropic(1.0), seed=seed), MEAN, batch)
 
 
+def _learnt(population: Learner, batch: int, seed: int) -> Planner:
+    rule = GDROController.recommended(MEAN, adversary=Entropic(0.3), prior=LearntPrior(), seed=seed)
+    return Choosing(rule, MEAN, batch)
+
+
 def _told(population: Learner, batch: int, seed: int) -> Planner:
     controller = GDROController.recommended(MEAN, kappa=min(population.kappa, 2.5), seed=seed)  # the cap of `kappa`
     controller.components = None
@@ -151,6 +156,7 @@ RULES: dict[str, Build] = {
     **GROUPS,
     "recommended": _recommended,
     "recommended, η = 1": _sharper,
+    "recommended, learnt prior, η = .3": _learnt,
     "recommended, told κ": _told,
     "recommended, batch only, κ = .5": _batch_only,
     "recommended, dealt at random": _null,

@@ -291,7 +291,7 @@ def test_a_foreign_plan_is_refused_without_a_trace():
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (["version"], 6, "version = 6"),
+        (["version"], 7, "version = 7"),
         (["seed"], 1, "seed = 1"),
         (["joint"], False, "joint = False"),
         (["mean_rollouts"], 8, "mean_rollouts = 8"),

@@ -354,7 +354,7 @@ def test_a_resumed_controller_goes_on_to_the_bit_and_an_earlier_state_loads_with
         assert step(first, draws) == step(second, draws)
     assert first.state_dict() == second.state_dict()
     plain = GDROController.recommended(4, seed=2)
-    earlier = {name: value for name, value in plain.state_dict().items() if name != "tokens"} | {"version": 4}
+    earlier = {name: value for name, value in plain.state_dict().items() if name != "tokens"} | {"version": 5}
     plain.load_state_dict(earlier)
     with pytest.raises(ValueError, match="has tokens"):
         plain.load_state_dict(first.state_dict())

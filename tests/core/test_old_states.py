@@ -23,8 +23,8 @@ from gdro_core import (
     RolloutGDRO,
 )
 
-SAVED, SAVED_2 = (
-    json.loads((Path(__file__).parent / "states" / f"version_{version}.json").read_text()) for version in (1, 2)
+SAVED, SAVED_2, SAVED_3 = (
+    json.loads((Path(__file__).parent / "states" / f"version_{version}.json").read_text()) for version in (1, 2, 3)
 )
 
 
@@ -94,6 +94,25 @@ BUILD_2 = {
 def test_a_state_of_version_2_continues_bit_for_bit(name):
     """Counts and weights of the three batches after it: no components, and prompts without rollouts do not fade."""
     controller, saved = BUILD_2[name](), SAVED_2["controllers"][name]
+    controller.load_state_dict(saved["state"])
+    for batch in saved["after"]:
+        plan = controller.plan(batch["ids"])
+        assert plan.counts.tolist() == batch["counts"]
+        assert plan.weights.tolist() == batch["weights"]
+        controller.observe(plan, batch["rewards"])
+
+
+BUILD_3 = {
+    "uniform": BUILD["uniform"],
+    "joint": BUILD["recommended"],
+    "recommended": lambda: GDROController.recommended(4, seed=3),
+}
+
+
+@pytest.mark.parametrize("name", SAVED_3["controllers"])
+def test_a_state_of_version_3_continues_bit_for_bit(name):
+    """Counts and weights of the three batches after it: the prior was fixed."""
+    controller, saved = BUILD_3[name](), SAVED_3["controllers"][name]
     controller.load_state_dict(saved["state"])
     for batch in saved["after"]:
         plan = controller.plan(batch["ids"])

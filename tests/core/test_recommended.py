@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -179,3 +180,51 @@ def test_components_are_part_of_the_state():
         GDROController.recommended(4, 1)
     with pytest.raises(ValueError, match="components need a rollout game with a signal utility"):
         GDROController(OnlineDifficultyClassifier(), None, RolloutGDRO(4, 2, 8), components=VarianceComponents(10))
+
+
+def test_gradients_are_asked_for_at_first_until_kappa_is_known():
+    """Of the first ten steps each, then every tenth; once it is known every tenth; without components never."""
+    rng, unknowing = np.random.default_rng(0), trained(np.linspace(0.2, 0.8, 60))
+    learning = trained(np.linspace(0.2, 0.8, 60))
+    asked = {"unknowing": [], "learning": []}
+    for name, controller in (("unknowing", unknowing), ("learning", learning)):
+        for step in range(32):
+            plan = replace(controller.plan(range(60)), step=step)
+            if controller.measures(plan, 10):
+                asked[name].append(step)
+                if name == "learning":
+                    controller.observe_gradients(plan, np.arange(60), *gradients(rng, 60, 10.0, noise=1.0))
+    assert asked["unknowing"] == [*range(10), 10, 20, 30]
+    assert asked["learning"][-3:] == [10, 20, 30]
+    assert len(asked["learning"]) < 8
+    assert not learning.measures(replace(plan, step=0), 0)
+    assert not GDROController.joint_play(4).measures(replace(plan, step=0), 10)
+    with pytest.raises(ValueError, match="every must be an integer >= 0, got -1"):
+        learning.measures(plan, -1)
+
+
+def test_kappa_stays_known(monkeypatch):
+    """An interval that is no longer narrow does not bring the first guess back, nor does saving; version 4 did."""
+    controller, rng = trained(np.linspace(0.2, 0.8, 60)), np.random.default_rng(0)
+    plan = controller.plan(range(60))
+    for _ in range(4):
+        controller.observe_gradients(plan, np.arange(60), *gradients(rng, 60, 1.0, noise=1.0))
+    first = controller.kappa
+    monkeypatch.setattr(VarianceComponents, "useful", False)
+    controller.observe_gradients(plan, np.arange(60), *gradients(rng, 60, 1.0, noise=1.0))
+    assert controller.kappa not in (None, first)
+    assert controller.kappa == controller.components.kappa
+    saved = json.loads(json.dumps(controller.state_dict()))
+    again = GDROController.recommended(4)
+    again.load_state_dict(saved)
+    assert again.kappa == controller.kappa
+    older = {**{key: value for key, value in saved.items() if key != "kappa"}, "version": 4}
+    again.load_state_dict(older)
+    assert again.kappa is None
+    monkeypatch.undo()
+    again.load_state_dict(older)
+    assert again.kappa == controller.kappa
+    for wrong in (-1.0, 3.0):
+        with pytest.raises(ValueError, match=r"kappa must lie in \[0, 2.5\]"):
+            again.load_state_dict({**saved, "kappa": wrong})
+    assert again.kappa == controller.kappa

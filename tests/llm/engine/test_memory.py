@@ -10,7 +10,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from gdro_llm.cli import main
 from gdro_llm.config import Config, UsageError
-from gdro_llm.engine.precision import working_copy
 from gdro_llm.engine.memory import (
     CHUNK,
     activation_bytes,
@@ -22,6 +21,7 @@ from gdro_llm.engine.memory import (
     table,
     trained_parameters,
 )
+from gdro_llm.engine.precision import working_copy
 from gdro_llm.engine.shapes import (
     EMBEDDED_MODEL,
     QWEN3,

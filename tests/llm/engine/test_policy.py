@@ -97,7 +97,8 @@ def test_success_probability_is_the_sum_of_products_of_token_probabilities(polic
     """Completion and end token, multiplied out, for zero to three accepted completions a prompt, in any chunks."""
     prompts = ["12+3=", "s5=", "7*8=", "d123="]
     accepted = [("15", "?51=15"), ("5",), (), ("6", "7", "?06")]
-    probabilities = success_probability(policy, literal.prompts(policy, prompts), accepted, rows)
+    how = {"max_new_tokens": 9, "temperature": policy.temperature, "rows": rows}
+    probabilities = success_probability(policy, literal.prompts(policy, prompts), accepted, **how)
     for p, texts in enumerate(accepted):
         expected = 0.0
         for text in texts:
@@ -119,7 +120,8 @@ def test_success_probability_is_the_frequency_of_sampled_success(policy):
             if owner == p and not cut
         ]
         accepted.append(tuple(sorted(set(texts), key=texts.count)[-3:]))
-    probability = success_probability(policy, literal.prompts(policy, prompts), accepted, 100).numpy()
+    how = {"max_new_tokens": 6, "temperature": policy.temperature, "rows": 100}
+    probability = success_probability(policy, literal.prompts(policy, prompts), accepted, **how).numpy()
     drawn = literal.sample(policy, literal.prompts(policy, prompts), np.array([n, n]), 6, seed=6, rows=1000)
     hits = [
         not cut and text in accepted[p]

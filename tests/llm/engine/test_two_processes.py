@@ -175,7 +175,16 @@ def run_both(names: list[str], tiny_config, folder: Path) -> tuple[list[dict], d
 @pytest.fixture(scope="module")
 def both(tmp_path_factory, tiny_model):
     def config(**overrides) -> Config:
-        return Config(**{"model": str(tiny_model), "threads": 1, "device": "cpu", "max_new_tokens": 6, **overrides})
+        return Config(
+            **{
+                "model": str(tiny_model),
+                "threads": 1,
+                "device": "cpu",
+                "dtype": "float32",
+                "max_new_tokens": 6,
+                **overrides,
+            }
+        )
 
     return run_both(["dapo", "grpo", "one-prompt"], config, tmp_path_factory.mktemp("two"))
 
@@ -183,7 +192,16 @@ def both(tmp_path_factory, tiny_model):
 @pytest.fixture(scope="module")
 def both_slow(tmp_path_factory, tiny_model):
     def config(**overrides) -> Config:
-        return Config(**{"model": str(tiny_model), "threads": 1, "device": "cpu", "max_new_tokens": 6, **overrides})
+        return Config(
+            **{
+                "model": str(tiny_model),
+                "threads": 1,
+                "device": "cpu",
+                "dtype": "float32",
+                "max_new_tokens": 6,
+                **overrides,
+            }
+        )
 
     return run_both(["all-options", "lora", "bfloat16", "lora-bfloat16"], config, tmp_path_factory.mktemp("two-slow"))
 

@@ -59,6 +59,7 @@ def engine(folder):
     config = Config(
         model=str(folder),
         device="cpu",
+        dtype="float32",
         threads=1,
         engine="vllm",
         vllm_memory=0.1,
@@ -226,7 +227,15 @@ def test_what_cannot_be_sampled_is_refused(restored):
 @needs_vllm
 def test_what_vllm_refuses_is_said_with_its_remedy(engine, folder):
     """Here more sequences than tokens side by side; on a GPU mostly memory."""
-    config = Config(model=str(folder), device="cpu", threads=1, engine="vllm", sample_rows=10**6, max_prompt_tokens=50)
+    config = Config(
+        model=str(folder),
+        device="cpu",
+        dtype="float32",
+        threads=1,
+        engine="vllm",
+        sample_rows=10**6,
+        max_prompt_tokens=50,
+    )
     with pytest.raises(
         UsageError, match=r"vLLM does not start \(.*max_num_seqs.*change vllm_memory \(now 0\.5.*--engine hf"
     ):

@@ -180,7 +180,7 @@ def test_without_a_run_the_settings_suit_the_data(monkeypatch, tmp_path, two_set
     cells, shared, ladder, plain, changed = configs
     assert shared == cells
     assert (cells.grader, cells.max_new_tokens, cells.eval_samples, cells.threads) == ("exact", 14, 8, 1)
-    assert (ladder.grader, ladder.stop, ladder.trainable_layers) == ("number", "\n", 0)
+    assert (ladder.grader, ladder.stop, ladder.trainable_layers) == ("exact", "\n", 0)
     assert (plain.grader, plain.prompt_style, plain.max_new_tokens, plain.eval_samples) == ("math", "chat", 4096, 16)
     assert (plain.template, changed.template) == (CHAT_TEMPLATE, BASE_TEMPLATE)
     assert (changed.grader, changed.max_new_tokens) == ("number", 4096)

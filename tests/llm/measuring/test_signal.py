@@ -125,7 +125,7 @@ def test_the_problems_are_those_of_a_run(tmp_path):
     ("flags", "message"),
     [
         (["--batches", "1"], "batches must be at least 2"),
-        (["--data", "ladder"], "needs exact success probabilities"),
+        (["--grader", "number"], "success probabilities are unknown: grader 'number'"),
         (["--methods", "grpo,dapo"], "cannot measure 'dapo', which waits for mixed groups of several batches"),
         (["--methods", "published-prompt"], "cannot measure 'published-prompt', which learns from the losses"),
         (["--methods", "published-rollout"], "cannot measure 'published-rollout', which learns from the losses"),

@@ -138,6 +138,9 @@ QUESTIONS = [{"problem": f"What is {i}?", "answer": str(i), "id": f"q/{i}"} for 
             [{"problem": "a b", "answer": "1", "id": "x"}, {"problem": " a\nb", "answer": "2", "id": "y"}],
             "line 2: the text of 'y' also occurs as 'x', with the answer '1' instead of '2'",
         ),
+        ([{"problem": "a", "answer": "1", "accepted": "1"}], "line 1: 'accepted' must be a list of texts"),
+        ([{"problem": "a", "answer": "1", "accepted": [1]}], "line 1: 'accepted' must be a list of texts"),
+        ([{"problem": "a", "answer": "1", "accepted": []}], "line 1: 'accepted' must be a list of texts"),
         ([], "holds no problems"),
     ],
 )
@@ -152,9 +155,12 @@ def test_flaws_of_a_file_are_errors_that_name_the_place(tmp_path, rows, message)
 
 def test_a_parquet_file_is_read_like_a_jsonl_file(tmp_path):
     """The same problems with the same ids, also without ids of its own; a broken file is refused."""
-    rows = [{"problem": f"What is {i}?\u2028", "answer": i, "level": f"{i % 2}"} for i in range(5)]
+    rows = [{"problem": f"What is {i}?\u2028", "answer": i, "level": f"{i % 2}", "accepted": None} for i in range(5)]
+    rows[2]["accepted"] = [" 2", "two"]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
     assert read_set(str(tmp_path / "d.parquet")) == read_set(str(write(tmp_path / "d.jsonl", rows)))
+    accepted = [problem.accepted for problem in read_set(str(tmp_path / "d.parquet"))]
+    assert accepted == [(), (), (" 2", "two"), (), ()]
     (tmp_path / "d.parquet").write_bytes(b"no parquet")
     with pytest.raises(UsageError, match=r"d\.parquet is not a parquet file"):
         read_set(str(tmp_path / "d.parquet"))

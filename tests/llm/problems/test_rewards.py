@@ -71,6 +71,15 @@ def test_an_answer_of_a_cell_is_graded_correct_and_its_neighbours_are_not():
                 assert GRADERS["exact"](problem, wrong) == 0.0
 
 
+def test_accepted_completions_stand_in_for_the_answer():
+    """With grader exact, to the letter; their gold answer need not be one of them. Others read the answer alone."""
+    problem = Problem("a", "3 + 4 =", "7", accepted=(" 7", " seven"))
+    assert [GRADERS["exact"](problem, text) for text in (" 7", " seven", "7", " 7 ")] == [1, 1, 0, 0]
+    assert [GRADERS["number"](problem, text) for text in (" 7", " seven", "7", "8")] == [1, 0, 1, 0]
+    with Grader(Config()) as grader:
+        grader.check_gold([problem])
+
+
 TABLE = [  # grader, gold answer, right completions, wrong completions
     ("exact", "36", ["36"], ["36 ", " 36", "036", "36.0", "", "336", "3", "36\n"]),
     ("number", "36", ["36", " 36", "36.", "36\n\nQ: 1 + 1", "+36", "36.0", "036"], ["37", "-36", "36 apples", "x\n36"]),

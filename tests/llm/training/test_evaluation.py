@@ -7,11 +7,19 @@ from math import comb
 import literal
 import numpy as np
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 from scipy.special import beta
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from gdro_llm.config import Config
-from gdro_llm.engine.policy import load_policy, success_probability
+from gdro_llm.config import Config, UsageError, load_preset
+from gdro_llm.engine.policy import load_policy, sequence_logprobs, success_probability
+from gdro_llm.engine.rollouts import decode_texts
+from gdro_llm.engine.tokenizations import Tokenizations
+from gdro_llm.engine.transformers import HFSampler
 from gdro_llm.intervals import bca_intervals
 from gdro_llm.problems import rewards as grading
 from gdro_llm.problems.cells import cell_problems
@@ -23,6 +31,9 @@ from gdro_llm.training.evaluation import (
     _by_bin,
     by_own_pass_rate,
     draw_seed,
+    exact_rates,
+    has_exact_rates,
+    no_exact_rates,
     rate_values,
     rates_of,
     tabulate,
@@ -104,13 +115,187 @@ def test_one_problem_has_no_standard_error(run_config):
     assert rates["problems"] == 1
 
 
-@pytest.mark.parametrize("change", [{"grader": "number"}, {"stop": "="}])  # eval_top_p, eval_top_k: refused so far
-def test_exact_rates_are_given_only_where_they_describe_the_grading(tiny_config, change):
-    """Accepted completions are all that is correct under grader "exact" and the model's own end, not otherwise."""
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"grader": "number"}, "grader 'number' takes more completions for correct than a list can hold"),
+        ({"eval_top_p": 0.9}, "eval_top_p and eval_top_k must leave the whole distribution"),
+        ({"eval_top_k": 5}, "eval_top_p and eval_top_k must leave the whole distribution"),
+    ],
+)
+def test_exact_rates_are_given_only_where_they_describe_the_grading(tiny_config, change, reason):
+    """Elsewhere evaluation samples, and says why it must where it was told not to."""
     problems = cell_problems("test", {"easy": 1}, seed=0)
     plain, changed = tiny_config(max_new_tokens=14), tiny_config(max_new_tokens=14, **change)
-    assert "exact_mean@8" in literal.evaluate(load_policy(plain), problems, plain)
-    assert "exact_mean@8" not in literal.evaluate(load_policy(changed), problems, changed)
+    policy = load_policy(plain)
+    assert "exact_mean@8" in literal.evaluate(policy, problems, plain)
+    assert "exact_mean@8" not in literal.evaluate(policy, problems, changed)
+    with grading.Grader(changed) as grader:
+        sampled = evaluation.evaluate(policy, problems, changed, HFSampler(policy, changed), grader)
+    assert "correct" in sampled
+    assert no_exact_rates(policy, problems, plain) == ""
+    assert no_exact_rates(policy, problems, changed).startswith(reason)
+    with pytest.raises(UsageError, match=f"success probabilities are unknown: {reason}"):
+        evaluation.evaluate(policy, problems, replace(changed, eval_exact=True), None, None)
+
+
+def test_answers_of_too_many_tokenizations_are_sampled(tiny_config, monkeypatch):
+    """The bound is on their average over problems."""
+    config = tiny_config(max_new_tokens=14)
+    problems = [Problem("a", "1+1=", "2", accepted=("2", "02", "002")), Problem("b", "2+2=", "4")]
+    policy = load_policy(config)
+    monkeypatch.setattr(evaluation, "FEW", 2)
+    assert has_exact_rates(policy, problems, config)
+    assert not has_exact_rates(policy, problems[:1], config)
+    assert no_exact_rates(policy, problems[:1], config).startswith("a problem has 3 correct token sequences on average")
+
+
+def byte_level_model(folder, characters, merges) -> str:
+    """A random model whose tokens are these byte-level characters, the merged ones, an end, and a second blank."""
+    tokens = [*characters, *(one + other for one, other in merges), "<eos>"]
+    built = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    built.decoder = decoders.ByteLevel()
+    built.add_tokens([" "])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=built, eos_token="<eos>", pad_token="<eos>")
+    torch.manual_seed(1)
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            intermediate_size=32,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter *= 10.0
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+BLANK, NEWLINE = "\u0120", "\u010a"  # as byte-level tokens write them
+
+
+@pytest.fixture(scope="module")
+def ambiguous(tmp_path_factory) -> str:
+    """A model of 9 tokens, some of several characters."""
+    return byte_level_model(tmp_path_factory.mktemp("model"), f"12{BLANK}=", [("1", "2"), ("2", "1"), (BLANK, "1")])
+
+
+AMBIGUOUS = [
+    Problem("one", "12=", " 1"),
+    Problem("several", "21=", "?", accepted=("1", "122", "12", "12", "", " 12", "2 ")),
+    Problem("never", "2=", "2" * 8),
+]
+
+
+def completions(policy, ids, longest, before=()):
+    """Chance and tokens, without the stop token, of every completion that can be drawn after `ids`, one by one."""
+    logits = policy.model(torch.tensor([[*ids, *before]]), use_cache=False).logits[0, -1]
+    for token, chance in enumerate(torch.softmax(logits.double(), -1).tolist()):
+        if token in policy.stop_ids:
+            yield chance, before
+        elif len(before) + 1 == longest:
+            yield chance, (*before, token)
+        else:
+            yield from ((chance * p, rest) for p, rest in completions(policy, ids, longest, (*before, token)))
+
+
+@pytest.mark.parametrize(("longest", "stop"), [(1, ""), (2, ""), (3, ""), (3, " ")])
+@torch.no_grad()
+def test_the_exact_rate_is_the_chance_of_all_completions_that_are_graded_correct(ambiguous, longest, stop):
+    """Every completion of a small vocabulary is decoded and graded: of all tokenizations, and those cut off, too."""
+    plain = {"threads": 1, "device": "cpu", "dtype": "float32"}
+    config = Config(model=ambiguous, max_new_tokens=longest, stop=stop, **plain)
+    policy = load_policy(config)
+    assert len(policy.stop_ids) == (4 if stop else 1)
+    rates, right = exact_rates(policy, AMBIGUOUS, config), []
+    for problem, rate in zip(AMBIGUOUS, rates, strict=True):
+        ids = literal.token_ids(policy, problem.prompt)
+        chances, drawn = zip(*completions(policy, ids, longest), strict=True)
+        texts = decode_texts(policy, [*map(list, drawn)], [*map(len, drawn)], [True] * len(drawn))
+        grades = np.array([grading.grade_exact(problem, text) for text in texts])
+        assert sum(chances) == pytest.approx(1.0)
+        assert rate == pytest.approx(grades @ chances, rel=1e-4, abs=1e-12)
+        right.append({row for row, grade in zip(drawn, grades, strict=True) if grade})
+    if longest == 3 and not stop:
+        assert len(right[0]) == 3, "of one text"
+        assert len(right[1]) == 13, "of six texts"
+    assert right[2] == set()
+
+
+def test_the_exact_rate_is_the_frequency_of_sampled_success(ambiguous):
+    """4,000 draws a problem at another temperature, within 4 standard errors; one tokenization alone gives less."""
+    n, build = 4000, {"model": ambiguous, "threads": 1, "device": "cpu", "dtype": "float32", "max_new_tokens": 3}
+    config = Config(**build, eval_samples=n, sample_rows=n, eval_temperature=1.3)
+    policy = load_policy(config)
+    scores = literal.score(policy, AMBIGUOUS, config)
+    p, frequency = scores.exact_P, scores.correct_P / n
+    assert (abs(frequency - p) <= 4 * np.sqrt(p * (1 - p) / n)).all()
+    assert (p[:2] > 0.01).all()
+    one = [(0, literal.token_ids(policy, " 1"))]
+    with torch.no_grad():
+        canonical = sequence_logprobs(policy, [literal.token_ids(policy, "12=")], one, 3, 1.3).exp().item()
+    assert frequency[0] - canonical > 4 * np.sqrt(p[0] * (1 - p[0]) / n)
+
+
+def test_the_ladder_is_evaluated_without_samples(tmp_path):
+    """By its preset: a blank, the digits and any token that holds a line break, from one plain pass a problem."""
+    merges = [(BLANK, "1"), (NEWLINE, NEWLINE), ("1", NEWLINE)]
+    model = byte_level_model(tmp_path, sorted(pre_tokenizers.ByteLevel.alphabet()), merges)
+    config = Config(**{**load_preset("smollm2-arith"), "model": model, "trainable_layers": 0, "dtype": "float32"})
+    policy = load_policy(config)
+    problems = load_problems(config)[1][::30]
+    assert {problem.accepted for problem in problems} == {(f" {problem.answer}",) for problem in problems}
+    table = evaluation.evaluate(policy, problems, config, None, None)
+    assert len(policy.stop_ids) == 4
+    for problem in problems:
+        expected = 0.0
+        for opening in [BLANK, " ", *[BLANK + "1"] * problem.answer.startswith("1")]:
+            ids = policy.tokenizer.convert_tokens_to_ids([opening, *problem.answer[len(opening) - 1 :]])
+            for stop in policy.stop_ids.tolist():
+                with torch.no_grad():
+                    expected += literal.logprobs_of(policy, problem.prompt, [*ids, stop]).exp().prod().item()
+        assert table["success"][problem.id] == pytest.approx(expected, rel=1e-4, abs=1e-12)
+    assert max(table["success"].values()) > 0
+
+
+def test_what_a_tokenizer_leaves_open_is_sampled(ambiguous, tiny_config):
+    """Ids without a text could stand anywhere; a text that stands for broken bytes is not one byte string."""
+    policy = load_policy(Config(model=ambiguous, threads=1, device="cpu", dtype="float32"))
+    unclear = [Problem("a", "1=", "\ufffd")]
+    assert "U+FFFD" in no_exact_rates(policy, unclear, Config())
+    with pytest.raises(ValueError, match="token 9 of the model has no text in its tokenizer"):
+        Tokenizations(policy.tokenizer, 10, policy.stop_ids.tolist())
+    policy.tokenizer.backend_tokenizer.decoder = decoders.Metaspace()
+    assert no_exact_rates(policy, AMBIGUOUS, Config()).startswith("the tokenizer decodes by Metaspace")
+
+
+@settings(deadline=None, max_examples=50)
+@given(text=st.text(max_size=4), longest=st.integers(0, 6))
+def test_tokenizations_are_those_whose_decoding_is_the_text(text, longest):
+    """As many as counted, all different, each decoded to the text; the tokenizer's own is one of them."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("0", "0"), ("00", "0"), (BLANK, "0")]
+    built = Tokenizer(models.BPE({t: i for i, t in enumerate([*alphabet, *map("".join, merges)])}, merges))
+    built.pre_tokenizer, built.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=built)
+    every = Tokenizations(tokenizer, len(tokenizer), [])
+    if "\ufffd" in text:
+        return
+    found = every.of(text, longest)
+    assert len({tuple(ids) for ids in found}) == len(found) == every.count(text, longest)
+    assert all(len(ids) <= longest and tokenizer.decode(ids) == text for ids in found)
+    own = tokenizer.encode(text)
+    assert (own in found) == (len(own) <= longest)
 
 
 def test_sampled_rates_of_the_shipped_model_agree_with_the_exact_ones(embedded):
@@ -118,9 +303,8 @@ def test_sampled_rates_of_the_shipped_model_agree_with_the_exact_ones(embedded):
     config = Config(threads=1, device="cpu", seed=3)
     problems = cell_problems("test", {"easy": 10, "middle": 10, "hard": 10}, seed=5)
     rates = literal.evaluate(embedded, problems, config)
-    p = success_probability(
-        embedded, literal.prompts(embedded, [x.prompt for x in problems]), [x.accepted for x in problems], 64
-    ).numpy()
+    prompts, accepted = literal.prompts(embedded, [x.prompt for x in problems]), [x.accepted for x in problems]
+    p = success_probability(embedded, prompts, accepted, max_new_tokens=14, temperature=1.0, rows=64).numpy()
     for level in ("easy", "middle", "hard"):
         mine = np.array([x.level == level for x in problems])
         table = rates["by_level"][level]

@@ -1,6 +1,7 @@
 """Validation problems steer what is kept, test problems are used three times, and a resumed run forgets neither."""
 
 import json
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -252,10 +253,43 @@ def test_too_many_validation_problems_are_refused(tiny_data):
 
 def test_exact_evaluation_is_refused_where_probabilities_are_not_known(run_config, tmp_path):
     """Before anything is written; and where evaluation does not sample from the whole distribution."""
-    for wrong in ({}, {"model": "embedded", "data": "cells", "test_data": "", "eval_top_k": 5}):
-        with pytest.raises(UsageError, match="eval_exact needs data of cells"):
+    for wrong in ({"grader": "number"}, {"model": "embedded", "data": "cells", "test_data": "", "eval_top_k": 5}):
+        with pytest.raises(UsageError, match="eval_exact must be off: "):
             train(run_config(eval_exact=True, **wrong), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_evaluation_is_exact_where_it_can_be_unless_told_otherwise(run_config, tmp_path):
+    """What was decided is in config.json; a nucleus has to be sampled."""
+    for name, build, exact in (
+        ("exact", {"eval_exact": None}, True),
+        ("sampled", {}, False),
+        ("nucleus", {"eval_exact": None, "eval_top_p": 0.9}, False),
+    ):
+        train(run_config(steps=1, **build), tmp_path / name)
+        rows = literal.read_log(tmp_path / name / "evaluations.jsonl")
+        assert all(("success" in row, "correct" in row) == (exact, not exact) for row in rows)
+        assert all({"mean@4", "pass@4"} <= row.keys() for row in rows)
+        assert json.loads((tmp_path / name / "config.json").read_text())["eval_exact"] is exact
+
+
+@pytest.mark.parametrize("before", [True, False, None])
+def test_a_resumed_run_is_evaluated_as_it_began(run_config, tmp_path, before):
+    """With `eval_exact` unset, also where the run began before there was such a setting (None here): by samples."""
+    train(run_config(steps=6, eval_exact=bool(before)), tmp_path)
+    for folder in tmp_path.glob("checkpoint-000006"):
+        shutil.rmtree(folder)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    if before is None:
+        del saved["eval_exact"]
+        (tmp_path / "config.json").write_text(json.dumps(saved))
+    first = literal.read_log(tmp_path / "evaluations.jsonl")
+    with pytest.raises(UsageError, match=f"eval_exact {before} -> {not before}"):
+        train(run_config(steps=6, eval_exact=not before), tmp_path, resume=True)
+    train(run_config(steps=6, eval_exact=None), tmp_path, resume=True)
+    assert literal.read_log(tmp_path / "evaluations.jsonl") == first
+    assert ("success" in first[-1]) is bool(before)
+    assert json.loads((tmp_path / "config.json").read_text())["eval_exact"] is bool(before)
 
 
 def test_mopps_needs_four_candidates_a_prompt(run_config, tmp_path):
