@@ -181,7 +181,7 @@ SIZES = {  # training problems of a cell by level: 40, 22, 10 % are hard
     "cells-light": {"easy": 100, "middle": 60, "hard": 60},
     "cells": {"easy": 100, "middle": 60, "hard": 25},
     "cells-heavy": {"easy": 100, "middle": 60, "hard": 10},
-    "cells-once": {"easy": 740, "middle": 460, "hard": 192},  # for 10,240 draws, each of another problem
+    "cells-once": {"easy": 670, "middle": 530, "hard": 198},  # for 10,240 draws, each of another problem
 }
 
 
