@@ -127,7 +127,8 @@ class Config:
     )
 
     data: str = _data(
-        "cells", '"cells", "cells-shared|-light|-heavy|-dead", "ladder" (arithmetic); name of a set, .jsonl, .parquet'
+        "cells",
+        '"cells", "cells-shared|-light|-heavy|-dead|-once", "ladder" (arithmetic); name of a set, .jsonl, .parquet',
     )
     test_data: str = _data("", "held-out sets, names or files, separated by commas (not for embedded data)")
     prompt_style: str = _grading("plain", "the template unchanged, or as the user's turn of a chat", ("plain", "chat"))

@@ -12,7 +12,7 @@ A model learns this by supervised examples (``warm_start_example``). The control
 for the scratch work: it teaches the skill while the propensity to use it stays rare.
 
 ``SHARED_CELLS`` are the same cells with one strategy for all of them: what is learnt on one helps on every other.
-``TAILS`` are training sets with more or fewer hard problems.
+``SIZES`` are training sets with more or fewer hard problems.
 
 At most two completions of a problem are graded correct, so its success probability is a sum of two products of token
 probabilities: mean@k and pass@k follow without sampling noise (``policy.success_probability``).
@@ -177,7 +177,12 @@ CELLS: tuple[Cell, ...] = (
 SHARED_CELLS = tuple(replace(cell, strategy=cell.strategy and STRATEGIES[0]) for cell in CELLS)
 TESTBEDS = {"cells": CELLS, "cells-shared": SHARED_CELLS}  # by name of the data: little transfer, strong transfer
 UNREACHABLE = "0" * 40
-TAILS = {"cells-light": 60, "cells": 25, "cells-heavy": 10}  # training problems of a hard cell: 40, 22, 10 % hard
+SIZES = {  # training problems of a cell by level: 40, 22, 10 % are hard
+    "cells-light": {"easy": 100, "middle": 60, "hard": 60},
+    "cells": {"easy": 100, "middle": 60, "hard": 25},
+    "cells-heavy": {"easy": 100, "middle": 60, "hard": 10},
+    "cells-once": {"easy": 670, "middle": 530, "hard": 198},  # for 10,240 draws, each of another problem
+}
 
 
 def split_of(question: str) -> Split:

@@ -18,12 +18,12 @@ import numpy as np
 from tqdm import tqdm
 
 from gdro_llm.config import Config, UsageError
-from gdro_llm.problems.cells import CELLS, TAILS, TESTBEDS, cell_problems, without_answer
+from gdro_llm.problems.cells import CELLS, SIZES, TESTBEDS, cell_problems, without_answer
 from gdro_llm.problems.ladder import ladder_problems
 from gdro_llm.problems.problem import Problem
 from gdro_llm.problems.public import KNOWN, content, content_hash, first_line, read_hub
 
-CELL_SETS = ("cells", "cells-shared", "cells-light", "cells-heavy", "cells-dead")
+CELL_SETS = ("cells", "cells-shared", "cells-light", "cells-heavy", "cells-dead", "cells-once")
 EMBEDDED_SETS = (*CELL_SETS, "ladder")
 
 
@@ -182,8 +182,7 @@ def _embedded(name: str, split: str) -> list[Problem]:
         return ladder_problems(split)
     cells = TESTBEDS.get(name, CELLS)
     if split == "train":
-        per_level = {"easy": 100, "middle": 60, "hard": TAILS.get(name, TAILS["cells"])}
-        problems = cell_problems("train", per_level, 7, cells)
+        problems = cell_problems("train", SIZES.get(name, SIZES["cells"]), 7, cells)
         return [without_answer(problem) for problem in problems] if name == "cells-dead" else problems
     per_level = dict.fromkeys(("easy", "middle", "hard"), 40 if split == "test" else 20)
     return cell_problems("test" if split == "test" else "validation", per_level, 8, cells)

@@ -174,7 +174,7 @@ def test_a_disk_that_does_not_take_the_best_weights_is_named(config, tmp_path, m
 
 
 @pytest.mark.parametrize(
-    "data", ["cells", "cells-shared", "cells-light", "cells-heavy", "cells-dead", "ladder", "file"]
+    "data", ["cells", "cells-shared", "cells-light", "cells-heavy", "cells-dead", "cells-once", "ladder", "file"]
 )
 def test_training_validation_and_test_problems_are_disjoint(tiny_data, data):
     """As many as asked for, the same ones whatever the seed, no prompt in two of them."""
