@@ -168,6 +168,7 @@ class Observation:
         Returns:
             bin_share, unseen_share: share of the batch's prompts; bin_error: 1 - mean reward (of prompts with a graded
             rollout); bin_rollouts: mean count; wasted_share: share of the rollouts whose group has one outcome only.
+            Where tokens were observed, of a rollout rollout_tokens in the mean and bin_tokens; wasted_tokens_share.
         """
         plan, graded = self.plan, self.trials > 0
         error = 1.0 - self.correct / np.maximum(self.trials, 1)
@@ -177,7 +178,7 @@ class Observation:
         if self.tokens is not None:
             drawn = np.bincount(plan.bins + 1, self.trials, num_bins + 1).astype(np.int64)
             cost = {
-                "tokens": float(self.tokens.sum() / max(int(self.trials.sum()), 1)),
+                "rollout_tokens": float(self.tokens.sum() / max(int(self.trials.sum()), 1)),
                 "bin_tokens": _means(plan.bins, self.tokens, drawn),
                 "wasted_tokens_share": float(self.tokens[~mixed].sum() / (self.tokens.sum() or 1.0)),
             }
@@ -293,7 +294,7 @@ class GDROController:
             second stage. At least 2 and n_min, at most n_bar. Not with `per_bin`, `permute` or `preserve_objective`.
         tokens: the budget is not rollouts but what they cost: the expected tokens of a plan are those of n_bar rollouts
             for each prompt of the batch, and errors of that are paid back. `observe` then needs tokens. Needs a rollout
-            game per prompt; not with `pilot`, whose rest is counted in rollouts.
+            game per prompt.
         seed: decides ties.
 
     >>> controller = GDROController.recommended(mean_rollouts=4, seed=0)
@@ -329,8 +330,8 @@ class GDROController:
                 raise ValueError(f"pilot needs a rollout game per prompt and weights of one stage, got {rollout!r}")
             check_number("pilot", self.pilot, max(2, rollout.min_rollouts), rollout.mean_rollouts)
         if tokens is not None:
-            if rollout is None or rollout.per_bin or rollout.permute or self.pilot:
-                raise ValueError(f"tokens need a rollout game per prompt and no pilot, got {rollout!r}, pilot={pilot}")
+            if rollout is None or rollout.per_bin or rollout.permute:
+                raise ValueError(f"tokens need a rollout game per prompt, got {rollout!r}")
             if tokens.costs.num_bins != classifier.num_bins:
                 raise ValueError(
                     f"num_bins of tokens must equal the classifier's {classifier.num_bins}, got {tokens.costs.num_bins}"
@@ -493,9 +494,7 @@ class GDROController:
                 counts, price = rollout.allocate(groups, a, b, omega, budget=budget, rng=rng)
             else:
                 batch = len(names) if budget is None else min(len(names), int(budget / rollout.mean_rollouts + 1e-9))
-                costs = self.tokens.costs.expected(names)
-                tokens = self.tokens.allowance(rollout.mean_rollouts * float(costs[:batch].sum()))
-                most = int(self.tokens.most * rollout.mean_rollouts * batch)
+                costs, tokens, most = self.tokens.limits(names, batch, rollout.mean_rollouts)
                 counts, price = rollout.allocate_tokens(
                     groups, a, b, omega, costs=costs, tokens=tokens, most=most, budget=budget, rng=rng
                 )
@@ -542,7 +541,12 @@ class GDROController:
         a, b = a + observation.correct, b + observation.trials - observation.correct
         weights = np.ones(a.size) if self.prompt is None else self.prompt.weights(plan.bins)
         rng = np.random.default_rng([self.seed, self._step, 1])
-        counts, price = game.extend(plan.counts, plan.rest, a, b, weights if self.joint else None, rng=rng)
+        omega = weights if self.joint else None
+        if self.tokens is None or plan.batch is None:
+            counts, price = game.extend(plan.counts, plan.rest, a, b, omega, rng=rng)
+        else:
+            costs, tokens, most = self.tokens.limits(plan.ids, plan.batch, game.mean_rollouts)
+            counts, price = game.extend_tokens(plan.counts, a, b, omega, costs=costs, tokens=tokens, most=most, rng=rng)
         weights = _batch_weights(game.utility, a, b, counts, weights)
         return replace(plan, weights=weights, counts=counts, price=price, rest=0, first=plan.counts)
 

@@ -173,6 +173,22 @@ class TokenBudget:
         correction = self.gain * (self.spent - self.uniform)
         return uniform - min(max(correction, -LARGEST_CORRECTION * uniform), LARGEST_CORRECTION * uniform)
 
+    def limits(self, ids: Sequence[Hashable], batch: int, mean_rollouts: float) -> tuple[Floats, float, int]:
+        """What a plan has to keep to.
+
+        Args:
+            ids: N prompts offered, of which the first `batch` set the budget.
+            batch: prompts of which the uniform plan is made.
+            mean_rollouts: n_bar.
+
+        Returns:
+            costs: (N,) expected tokens of a rollout; tokens: `allowance` of n_bar rollouts for each of the batch; most:
+            rollouts.
+        """
+        costs = self.costs.expected(ids)
+        uniform = mean_rollouts * float(costs[:batch].sum())
+        return costs, self.allowance(uniform), int(self.most * mean_rollouts * batch)
+
     def settle(self, spent: float, uniform: float) -> None:
         """Count a step: tokens of its rollouts, and what n_bar rollouts each would have cost."""
         self.spent += number("spent", spent, 0.0)

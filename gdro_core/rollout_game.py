@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from gdro_core._budget import checked_bounds, split_budget
 from gdro_core._counts import frontier_counts, greedy_counts, token_counts
@@ -233,22 +233,72 @@ class RolloutGDRO:
         Raises:
             ValueError: a bad argument, or no room for `rest` under n_max.
         """
-        counts = integers("first", first, (-1,), 0, self.max_rollouts)
-        alpha, beta = floats("a", a, counts.shape, 0.0), floats("b", b, counts.shape, 0.0)
-        omega = np.ones(counts.shape) if weights is None else floats("weights", weights, counts.shape, 0.0)
-        drawn = counts > 0
+        counts, drawn, gains = self._further(first, a, b, weights)
         room = int((self.max_rollouts - counts[drawn]).sum())
         if not 0 <= rest <= room:
             raise ValueError(f"rest must lie in [0, {room}], the room under max_rollouts, got {rest}")
         if rest == 0:
             return counts, 0.0
+        total = rest + int(counts.sum())
+        counts[drawn] = greedy_counts(gains, total, 1, rng)
+        bought = np.arange(2, self.max_rollouts + 1) <= counts[drawn, None]
+        return counts, float(gains[bought].min())
+
+    def extend_tokens(
+        self,
+        first: ArrayLike,
+        a: ArrayLike,
+        b: ArrayLike,
+        weights: ArrayLike | None = None,
+        *,
+        costs: ArrayLike,
+        tokens: float,
+        most: int,
+        rng: np.random.Generator | None = None,
+    ) -> tuple[Ints, float]:
+        """As `extend`, where what is left is a budget of tokens: greedy by gain per token (theorem 22).
+
+        Args:
+            first, a, b, weights, rng: as in `extend`.
+            costs: (N,) > 0, expected tokens of a rollout.
+            tokens: of both stages; none are left if the first was expected to cost more.
+            most: most rollouts of both stages.
+
+        Returns:
+            counts: (N,) of both stages.
+            price: gain per token of the last rollout that was bought; 0 if none was.
+
+        Raises:
+            ValueError: a bad argument.
+        """
+        counts, drawn, gains = self._further(first, a, b, weights)
+        cost = floats("costs", costs, counts.shape, 0.0)
+        if not cost.all():
+            raise ValueError("costs must be above 0, got 0.0")
+        rows = np.flatnonzero(drawn)
+        rows = rows if rng is None else rng.permutation(rows)  # the first of equal prompts wins
+        density = (gains[np.searchsorted(np.flatnonzero(drawn), rows)] / cost[rows, None]).ravel()
+        order = np.argsort(-density, kind="stable")
+        order = order[np.isfinite(density[order])]
+        owner = rows[order // max(self.max_rollouts - 1, 1)]
+        left = number("tokens", tokens, 0.0) - float(counts @ cost)
+        room = max(integer("most", most, 0) - int(counts.sum()), 0)
+        whole = min(int(np.searchsorted(np.cumsum(cost[owner]), left * (1.0 + 1e-12), "right")), room)
+        counts += np.bincount(owner[:whole], minlength=counts.size)
+        return counts, float(density[order[whole - 1]]) if whole else 0.0
+
+    def _further(
+        self, first: ArrayLike, a: ArrayLike, b: ArrayLike, weights: ArrayLike | None
+    ) -> tuple[Ints, NDArray[np.bool_], Floats]:
+        """(N,) first stage, (N,) who has one, and of these (M, n_max - 1) marginal gains of n >= 2, inf if drawn."""
+        counts = integers("first", first, (-1,), 0, self.max_rollouts)
+        alpha, beta = floats("a", a, counts.shape, 0.0), floats("b", b, counts.shape, 0.0)
+        omega = np.ones(counts.shape) if weights is None else floats("weights", weights, counts.shape, 0.0)
+        drawn = counts > 0
         arms = np.arange(1, self.max_rollouts + 1)
         scale = omega[drawn, None] ** self.utility.weight_power
         gains = np.diff(self.utility.table(alpha[drawn, None], beta[drawn, None], arms) * scale, axis=1)
-        bought = arms[1:] <= counts[drawn, None]
-        total = rest + int(counts.sum())
-        counts[drawn] = greedy_counts(np.where(bought, np.inf, gains), total, 1, rng)
-        return counts, float(gains[~bought & (arms[1:] <= counts[drawn, None])].min())
+        return counts, drawn, np.where(arms[1:] <= counts[drawn, None], np.inf, gains)
 
     def settings(self) -> dict[str, Any]:
         """What a saved state must agree with, as plain numbers and texts."""

@@ -175,6 +175,11 @@ class Config:
         "batch follows in a second stage, by what these have shown. 0: one stage",
         ge=0,
     )
+    budget: str = _controller(
+        "rollouts",
+        "what n̄ rollouts a prompt set for every step: their number, or the tokens that they would cost (recommended)",
+        ("rollouts", "tokens"),
+    )
     measure_every: int = _controller(
         10,
         "steps between measurements of kappa by the recommended controller (at first every step, until it is known); "
@@ -316,10 +321,10 @@ class Config:
     def _without_effect(self) -> set[str]:
         """Settings that the controller does not look at."""
         weights = {"adversary", *DIALS.values()}
-        frontier = {"candidates", "kappa", "learnt_prior", "measure_every", "pilot", "verifier_error"}
+        frontier = {"budget", "candidates", "kappa", "learnt_prior", "measure_every", "pilot", "verifier_error"}
         family, _, game = self.controller.partition("-")
         if family in ("recommended", "null"):
-            return {"utility"} | ({"pilot"} if family == "null" else set())
+            return {"utility"} | ({"budget", "pilot"} if family == "null" else set())
         if family in ("joint", "implicit"):
             return frontier | {"prompt": {"utility"}, "rollout": weights}.get(game, set())
         return frontier | weights | {"utility"}

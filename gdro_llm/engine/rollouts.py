@@ -24,6 +24,12 @@ class Rollouts:
     truncated_R: torch.Tensor  # no stop token within max_new_tokens
     texts: list[str]  # without the stop token
 
+    @property
+    def cost_R(self) -> np.ndarray:
+        """(R,) tokens of prompt and completion: what training passes over (`gdro_core.costs`)."""
+        length_P = np.array([len(ids) for ids in self.prompts], dtype=np.int64)
+        return np.asarray(length_P[self.owner_R.cpu().numpy()] + self.mask_R_T.sum(-1).cpu().numpy(), dtype=np.int64)
+
     def select(self, rows: np.ndarray) -> Rollouts:
         """Some rows; prompts are numbered anew."""
         kept = torch.from_numpy(rows).to(self.owner_R.device)

@@ -1,7 +1,9 @@
-"""`gdro compare`: methods x seeds, paired, at equal total rollouts, with intervals and a sign test.
+"""`gdro compare`: methods x seeds, paired, at equal total rollouts or tokens, with intervals and a sign test.
 
 1. Runs of one seed share the warm start, the prompt order and the total number of rollouts, so that the difference of
-   two methods is free of the seed's effect on both. Seed s starts from model s mod M of M warm starts.
+   two methods is free of the seed's effect on both. Seed s starts from model s mod M of M warm starts. A method with
+   `budget=tokens` has other numbers of rollouts, which cost what its own uniform plans would. Tokens and seconds of
+   every method are reported.
 2. While a run trains, only validation problems are used. Results are of the test problems, for the last weights and
    for those that were best in validation pass@k.
 3. An interval is a bootstrap over warm starts and over the seeds of each, of paired differences. Few seeds make it too

@@ -41,7 +41,8 @@ def outcomes(run: RunDirectory) -> dict[str, Any]:
             before training); in percent of the validation problems `validation ...` (last weights) and `curve ...`
             (average over the run); `mixed groups` [% of prompts], `WSE`, `Neyman` and `lead-lag` (`_proxies`), None
             for a method without;
-        curve: rollouts, mean and pass of the validation problems, lists; k; rollouts; seconds.
+        curve: rollouts, mean and pass of the validation problems, lists; k; rollouts; tokens of prompts and completions
+            of all rollouts, None where an earlier version did not count them; seconds.
     """
     test = {row["checkpoint"]: row for row in run.evaluations if row["split"] == "test"}
     curve = [row for row in run.evaluations if row["split"] == "validation"]
@@ -69,8 +70,17 @@ def outcomes(run: RunDirectory) -> dict[str, Any]:
         },
         "k": k,
         "rollouts": run.metrics[-1]["rollouts"],
+        "tokens": _tokens(run.metrics),
         "seconds": round(sum(x for key, x in clock if key.endswith("_s") and not key.endswith("per_s")), 1),
     }
+
+
+def _tokens(metrics: Sequence[dict[str, Any]]) -> int | None:
+    """Of all rollouts of a run: their numbers, from the running totals, times the mean tokens of each step."""
+    if any("rollout_tokens" not in row for row in metrics):
+        return None
+    drawn = np.diff([0, *(row["rollouts"] for row in metrics)])
+    return round(float(drawn @ np.array([row["rollout_tokens"] for row in metrics])))
 
 
 def _chances(row: dict[str, Any], k: int) -> dict[str, float]:
@@ -131,7 +141,8 @@ def analyse(
             `least` and `most` of a seed, `relative` [% of the baseline's mean], `wins`, `losses`, `p` (sign test) and
             `evidence`; `rollouts to baseline`, the median over seeds of rollouts until the baseline's last validation
             pass@k over the baseline's total, its interval, and the number of seeds that reached it; `against`, by label
-            of each other method, differences in mean@k and pass@k;
+            of each other method, differences in mean@k and pass@k; `tokens` (mean None where a run lacks them) and
+            `seconds`;
         runs: every run's values.
     """
     seeds, models = list(starts), list(starts.values())
@@ -166,7 +177,9 @@ def analyse(
             for other in labels[1:]
             if other != label
         }
-        methods[label]["seconds"] = {"mean": float(np.mean([by_run[label, seed]["seconds"] for seed in seeds]))}
+        for price in ("tokens", "seconds"):
+            paid = [by_run[label, seed].get(price) for seed in seeds]
+            methods[label][price] = {"mean": None if None in paid else float(np.mean(np.array(paid, dtype=float)))}
     runs = [
         {"method": label, "seed": seed, "model": starts[seed], **by_run[label, seed]}
         for label in labels
@@ -193,9 +206,10 @@ def write(result: dict[str, Any], out: Path) -> None:
     names = list(dict.fromkeys(name for run in result["runs"] for name in run["values"]))
     buffer = io.StringIO()
     lines = csv.writer(buffer, lineterminator="\n")
-    lines.writerow(["method", "seed", "model", "rollouts", "seconds", *names])
+    lines.writerow(["method", "seed", "model", "rollouts", "tokens", "seconds", *names])
     for run in result["runs"]:
-        place = [run["method"], run["seed"], result["models"][run["model"]], run["rollouts"], run["seconds"]]
+        place = [run["method"], run["seed"], result["models"][run["model"]]]
+        place += [run["rollouts"], run.get("tokens"), run["seconds"]]
         lines.writerow([*place, *(run["values"].get(name) for name in names)])
     write_file(out / "comparison.csv", buffer.getvalue())
     table, caption = _table(result), _caption(result)
@@ -208,10 +222,12 @@ def write(result: dict[str, Any], out: Path) -> None:
 
 def _caption(result: dict[str, Any]) -> str:
     starts, total = len(result["models"]), result["runs"][0]["rollouts"]
+    others = any(run["rollouts"] != total for run in result["runs"])  # with budget=tokens
     return (
         f"{result['preset']}: {result['seeds']} seeds over {starts} warm start{'s' if starts > 1 else ''}, {total:,} "
-        f"rollouts a run. Percent of test problems; in brackets the paired difference from {result['baseline']} in "
-        "points with its 95 % bootstrap interval, and * where a sign test agrees (p <= .05): else no evidence of one."
+        f"rollouts a run{' of ' + result['baseline'] if others else ''}. Percent of test problems; in brackets the paired "
+        f"difference from {result['baseline']} in points with its 95 % bootstrap interval, and * where a sign test "
+        "agrees (p <= .05): else no evidence of one. Tokens (prompts and completions) and seconds are means of a run."
     )
 
 
@@ -219,12 +235,14 @@ def _table(result: dict[str, Any]) -> list[list[str]]:
     """The header, then a row a method."""
     k = result["k"]
     columns = [f"pass@{k}", f"mean@{k}", f"worst tenth mean@{k}", f"best pass@{k}", f"curve pass@{k}", "mixed groups"]
-    rows = [["method", *columns, "rollouts to baseline's pass [× its total]"]]
+    rows = [["method", *columns, "rollouts to baseline's pass [× its total]", "tokens", "seconds"]]
     for label, values in result["methods"].items():
         cells = [_cell(values[name]) for name in columns]
         ratio = values["rollouts to baseline"]
         shown = [f"{ratio[key]:.2f}" if ratio[key] is not None else "never" for key in ("median", "low", "high")]
-        rows.append([label, *cells, f"{shown[0]} [{shown[1]}, {shown[2]}]"])
+        paid = [values[price]["mean"] for price in ("tokens", "seconds")]
+        cells += [f"{shown[0]} [{shown[1]}, {shown[2]}]", *("–" if x is None else f"{x:,.0f}" for x in paid)]
+        rows.append([label, *cells])
     return rows
 
 
@@ -262,7 +280,8 @@ def _figure(result: dict[str, Any]) -> Figure:
         for label, look in reversed([*zip(labels, looks, strict=True)]):
             curves = [run["curve"] for run in result["runs"] if run["method"] == label]
             height = np.mean([curve[kind] for curve in curves], axis=0)
-            axis.plot(np.array(curves[0]["rollouts"]) / 1000, height, linewidth=1.2, label=label, **look)
+            spent = np.mean([curve["rollouts"] for curve in curves], axis=0)  # the same, but with budget=tokens
+            axis.plot(spent / 1000, height, linewidth=1.2, label=label, **look)
         axis.set_title(f"{kind}@{k}, validation [%]")
         axis.set_xlabel("rollouts [thousands]")
     axes[0].legend(handles=axes[0].lines[-1:], loc="lower right")

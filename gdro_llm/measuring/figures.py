@@ -24,14 +24,15 @@ from gdro_llm.measuring.style import COLOURS, MARKERS
 
 STEERING = {
     "weighted_reward": "reward as the adversary weighs it", "shadow_price": "shadow price μ [utility / rollout]",
-    "lead_lag": "lead-lag [bins]", "unseen_share": "share of prompts not seen before",
+    "lead_lag": "lead-lag [bins]", "tokens_excess": "tokens over the uniform plans', less 1",
+    "unseen_share": "share of prompts not seen before",
     "kappa": "κ: a prompt's own gradient over noise", "cosine": "cosine between prompts' gradients",
 }  # fmt: skip
 GROUPS = {
     "all_wrong_share": "groups: all wrong", "mixed_share": "groups: mixed", "all_correct_share": "groups: all correct",
     "unsolved_share": "prompts: hardly ever solved", "learnable_share": "prompts: solved sometimes",
     "solved_share": "prompts: nearly always solved", "wasted_share": "rollouts without a gradient",
-    "passed_over_share": "prompts without rollouts",
+    "passed_over_share": "prompts without rollouts", "wasted_tokens_share": "tokens without a gradient",
 }  # fmt: skip
 HEALTH = {
     "loss": "loss", "entropy": "entropy [nats / token]", "grad_norm": "gradient norm",
@@ -42,6 +43,7 @@ HEALTH = {
 BINS = {
     "bin_share": "share of the batch's prompts", "bin_error": "error (1 − pass rate)",
     "bin_weight": "mean prompt weight", "bin_rollouts": "rollouts per prompt",
+    "bin_tokens": "tokens per rollout, with the prompt",
 }  # fmt: skip
 
 

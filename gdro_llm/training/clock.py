@@ -17,10 +17,7 @@ from gdro_llm.training.batch import Batch
 
 def trained_tokens(batch: Batch, config: Config) -> np.ndarray:
     """Sum and sum of squares of the lengths (prompt and completion) of the rows in the backward passes, (2,)."""
-    rollouts = batch.rollouts
-    length_P = np.array([len(ids) for ids in rollouts.prompts])
-    length_R = length_P[rollouts.owner_R.cpu().numpy()] + rollouts.mask_R_T.sum(-1).cpu().numpy()
-    length = length_R[(batch.advantages_R != 0) | bool(config.kl_coef)].astype(float)
+    length = batch.rollouts.cost_R[(batch.advantages_R != 0) | bool(config.kl_coef)].astype(float)
     return config.passes * np.array([length.sum(), (length**2).sum()])
 
 

@@ -22,6 +22,7 @@ from gdro_core import (
     LearntPrior,
     Plan,
     PublishedController,
+    TokenBudget,
     gradient_weight,
     nearest_to_half,
 )
@@ -116,6 +117,7 @@ def build_controller(config: Config) -> GDROController | PublishedController:
                 error=config.verifier_error,
                 prior=LearntPrior() if config.learnt_prior else (0.5, 0.5),
                 pilot=config.pilot,
+                tokens=TokenBudget(config.num_bins) if config.budget == "tokens" else None,
                 **shared,
             )
         kinds = {"joint": GDROController, "implicit": ImpliedWeights}

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gdro_core import GDROController, Plan, Planner
+from gdro_core import GDROController, Observation, Plan, Planner
 from gdro_llm.config import Config
 from gdro_llm.engine.rollouts import Decoding, Rollouts, interleaved
 from gdro_llm.engine.sampler import Sampler
@@ -102,7 +102,9 @@ def collect(
     with clock("sample"):
         sampler.sleep()
     with clock("controller"):
-        observed = controller.observe(plan, drawn.rewards_R)
+        mine = workers.rows(process_P, plan.counts)
+        tokens_R = workers.collect(mine, drawn.rollouts.cost_R.tolist(), len(plan.owner))
+        observed = controller.observe(plan, Observation.of(plan, drawn.rewards_R, tokens=tokens_R))
     with clock("update"):
         batch = make_batch(drawn.rollouts, drawn.rewards, plan, config)
     # other graders have no limits

@@ -250,7 +250,7 @@ def test_a_step_of_uniform_counts_has_no_debt_whatever_it_cost():
     rewards = np.random.default_rng(5).integers(0, 2, 24)
     metrics = controller.observe(plan, Observation.of(plan, rewards, tokens=tokens))
     assert metrics["tokens_excess"] == pytest.approx(0.0, abs=1e-12)
-    assert metrics["tokens"] == pytest.approx(tokens.mean())
+    assert metrics["rollout_tokens"] == pytest.approx(tokens.mean())
 
 
 def run(
@@ -372,14 +372,52 @@ def test_a_budget_of_tokens_needs_tokens_and_a_game_per_prompt():
     with pytest.raises(ValueError, match="rewards must be an observation with tokens"):
         controller.observe(plan, [1, 0, 1, 0])
     assert controller.state_dict() == before
-    for changes in ({"pilot": 2}, {"num_bins": 5}):
-        with pytest.raises(ValueError, match=r"no pilot|num_bins of tokens must equal"):
-            GDROController.recommended(4, tokens=TokenBudget(), **changes)
+    with pytest.raises(ValueError, match="num_bins of tokens must equal"):
+        GDROController.recommended(4, num_bins=5, tokens=TokenBudget())
     game = RolloutGDRO(4, 2, 12, per_bin=True)
     with pytest.raises(ValueError, match="tokens need a rollout game per prompt"):
         GDROController(OnlineDifficultyClassifier(equal_edges(10)), rollout=game, tokens=TokenBudget())
     with pytest.raises(ValueError, match="allocate_tokens needs one count a prompt"):
         game.allocate_tokens([0], [1.0], [1.0], costs=[1.0], tokens=4.0, most=8)
+
+
+def test_the_second_stage_spends_the_tokens_that_the_first_left():
+    """Unseen prompts get first rollouts, then what a token is worth decides; together they cost the uniform plan."""
+    controller = GDROController.recommended(8, pilot=2, tokens=TokenBudget())
+    budget, rng = controller.tokens, np.random.default_rng(8)
+    assert budget is not None
+    for start in (0, 16, 24):  # the last batch mixes known and new prompts
+        ids = list(range(start, start + 16))
+        plan = controller.plan(ids)
+        new = plan.bins < 0
+        assert (plan.counts[new] == 2).all()
+        whole = controller.replan(plan, (rng.random(plan.owner.size) < 0.4).astype(float))
+        assert (whole.counts >= plan.counts).all()
+        costs, tokens, _ = budget.limits(ids, 16, 8)
+        assert 0 <= tokens - costs @ whole.counts < costs.max()
+        right = (rng.random(whole.owner.size) < 0.4).astype(float)
+        lengths = rng.gamma(4.0, 100.0 + 20.0 * (np.array(ids) % 7)[whole.owner])
+        controller.observe(whole, Observation.of(whole, right, tokens=lengths))
+    assert abs(budget.excess) < 0.05
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_second_stage_is_greedy_by_gain_per_token(seed):
+    """Against enumeration of what the tokens left can buy, less the gain of the rollout that no longer fits."""
+    rng = np.random.default_rng(seed)
+    game, first = RolloutGDRO(4, 0, 6, signal(0.5)), np.array([2, 0, 3, 2])
+    a, b, cost = rng.uniform(0.5, 6.0, (3, 4))
+    tokens = float(cost @ first + 6.0 * cost.mean())
+    counts, price = game.extend_tokens(first, a, b, costs=cost, tokens=tokens, most=100)
+    table = game.utility.of(a, b, np.arange(7))
+    plans = map(np.array, itertools.product(range(2, 7), [0], range(3, 7), range(2, 7)))
+    best = max(value(table, n) for n in plans if cost @ n <= tokens)
+    left = tokens - cost @ counts
+    assert left >= 0
+    assert counts[1] == 0
+    assert value(table, counts) >= best - price * left - 1e-12
+    limited, _ = game.extend_tokens(first, a, b, costs=cost, tokens=tokens, most=8)
+    assert limited.sum() <= 8
 
 
 def test_joint_play_in_tokens_gives_everybody_its_least():

@@ -7,6 +7,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -355,6 +356,21 @@ def test_a_value_that_a_method_has_not_is_left_out():
     assert result["methods"]["a"]["rollouts to baseline"]["median"] == 1.0
 
 
+def test_tokens_of_runs_that_did_not_count_them_are_unknown():
+    """Runs of an earlier version stay readable: a dash for their tokens; other methods have theirs."""
+    rows = [{"rollouts": 10, "rollout_tokens": 30.0}, {"rollouts": 30, "rollout_tokens": 20.0}]
+    assert comparison._tokens(rows) == 10 * 30 + 20 * 20
+    assert comparison._tokens([rows[0], {"rollouts": 30}]) is None
+    curve = {"rollouts": [0, 10], "pass": [0.0, 1.0], "mean": [0.0, 1.0]}
+    names = ("mean@2", "pass@2", "worst tenth mean@2", "best pass@2", "curve pass@2", "mixed groups")
+    run = {"values": dict.fromkeys(names, 1.0), "curve": curve, "k": 2, "rollouts": 10, "seconds": 1.0}
+    runs = {("old", s): run for s in (0, 1)} | {("new", s): run | {"tokens": 1000 + s, "rollouts": 12} for s in (0, 1)}
+    result = {"preset": "p", "models": ["m"], **analyse(runs, ["old", "new"], {0: 0, 1: 0})}
+    assert [result["methods"][label]["tokens"]["mean"] for label in ("old", "new")] == [None, 1000.5]
+    assert [row[-2:] for row in comparison._table(result)] == [["tokens", "seconds"], ["–", "1"], ["1,000", "1"]]
+    assert "10 rollouts a run of old. Percent" in comparison._caption(result)
+
+
 def test_a_line_that_a_kill_cut_off_is_no_result(tmp_path):
     """The run is not complete then, and goes on."""
     config = Config()
@@ -397,8 +413,10 @@ def without_seconds(out: Path) -> dict[str, object]:
     result = json.loads((out / "comparison.json").read_text())
     for part in (*result["runs"], *result["methods"].values()):
         del part["seconds"]
-    table = [[x for i, x in enumerate(row) if i != 4] for row in csv.reader(lines_of(out / "comparison.csv"))]
-    return {"json": result, "csv": table, **{name: (out / name).read_bytes() for name in FILES[2:]}}
+    table = [[x for i, x in enumerate(row) if i != 5] for row in csv.reader(lines_of(out / "comparison.csv"))]
+    ends = re.compile(r"[|&][^|&]*(?:\||\\\\)$")  # the last column
+    texts = {name: [ends.split(line)[0] for line in lines_of(out / name)] for name in FILES[2:4]}
+    return {"json": result, "csv": table, **texts, "png": (out / FILES[4]).read_bytes()}
 
 
 def logs(out: Path) -> dict[str, bytes]:
@@ -416,7 +434,8 @@ def test_a_comparison_leaves_its_files_and_runs_without_weights(compared):
     table = list(csv.DictReader(lines_of(compared / "comparison.csv")))
     assert [(row["method"], row["seed"]) for row in table] == [(label, seed) for label in LABELS for seed in "01"]
     lines = lines_of(compared / "comparison.md")
-    assert lines[0].startswith("quickstart: 2 seeds over 1 warm start, 192 rollouts a run.")
+    assert lines[0].startswith("quickstart: 2 seeds over 1 warm start, 192 rollouts a run. Percent")
+    assert lines[2].endswith("| tokens | seconds |")
     assert [line.split(" | ")[0] for line in lines[4:]] == [f"| {label}" for label in LABELS]
 
 
@@ -467,6 +486,10 @@ def test_the_numbers_are_those_of_the_runs(compared):
             area = [100 * (c[0] / 2 + c[1] + c[2] + c[3] / 2) / 3 for c in curves]
             assert entry[f"curve {rate}"]["mean"] == pytest.approx(sum(area) / 2)
         assert ("difference" in entry["pass@8"]) == (label != "grpo")
+        steps = [literal.read_log(compared / "runs" / label / seed / "metrics.jsonl") for seed in "01"]
+        paid = [sum(64 * row["rollout_tokens"] for row in run) for run in steps]
+        assert entry["tokens"]["mean"] == pytest.approx(sum(paid) / 2)
+        assert all(row["rollout_tokens"] > row["completion_length"] for run in steps for row in run), "and the prompt"
         line = next(x for x in lines_of(compared / "comparison.md") if x.startswith(f"| {label} "))
         assert line.split(" | ")[1].startswith(f"{entry['pass@8']['mean']:.1f}")
     for when in ("last", "best"):

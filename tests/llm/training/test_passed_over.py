@@ -156,10 +156,10 @@ def test_halves_of_the_prompts_with_rollouts():
 
 
 class Second(Workers):
-    """The second of two processes, whose partner has the rewards of the rows 0..7 to exchange."""
+    """The second of two processes, whose partner has the rewards, or tokens, of the rows 0..7 to exchange."""
 
     def gather(self, value):
-        return [(list(range(8)), [0.0, 1.0] * 4), value]
+        return [(list(range(8)), [0.5, 1.0] * 4) if isinstance(value, tuple) else np.zeros_like(value), value]
 
 
 def test_a_process_without_rows_goes_through_a_step(run_config, tiny, monkeypatch):
@@ -178,7 +178,7 @@ def test_a_process_without_rows_goes_through_a_step(run_config, tiny, monkeypatc
         sampler = HFSampler(tiny, config)
         collected = collect(0, problems, controller, sampler, grader, config, Second(1, 2), Clock(tiny.device))
     assert collected.batch.rollouts.texts == []
-    assert collected.rewards_R.tolist() == [0.0, 1.0] * 4
+    assert collected.rewards_R.tolist() == [0.5, 1.0] * 4
     assert collected.batch.advantages_R.size == collected.batch.scale_R.size == 0
     assert controller.state_dict()["step"] == 1
 
