@@ -44,7 +44,7 @@ class TokenCosts:
     >>> costs = TokenCosts(num_bins=2)
     >>> costs.observe(["a", "b"], [0, 1], rollouts=[4, 4], tokens=[400, 1200])
     >>> costs.expected(["a", "b", "new"]).round()
-    array([133., 267., 200.])
+    array([122., 278., 200.])
     """
 
     def __init__(self, num_bins: int, *, discount: float = 0.8, strength: float = 2.0) -> None:

@@ -314,6 +314,8 @@ def _refusals(
     game = controller.rollout
     if game is not None and game.min_rollouts == 1:
         yield "min_rollouts must be at least 2, or 0, got 1: a rollout alone in its group teaches nothing"
+    if controller.tokens is not None:
+        yield "controller must have no budget of tokens: TRL's batch has num_generations rows a prompt, in all"
     if given.get("rollout_func") is not None:
         yield "rollout_func must be None: it decides the rows itself, so that counts cannot reach it"
     for method in ("_get_train_sampler", "get_train_dataloader"):

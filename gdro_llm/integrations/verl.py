@@ -11,6 +11,8 @@ verl samples, grades and trains; this trainer decides and weights, around two st
     trainer.v1.trainer_mode=gdro_sync algorithm.adv_estimator=grpo actor_rollout_ref.rollout.n=8 +gdro.max_rollouts=16
 
 `rollout.n` is the mean number of rollouts, met exactly in every batch; the keys under `gdro` are those of `Settings`.
+A budget of tokens is none of them: verl's mini-batches are multiples of `rollout.n` rows, so that another total would
+change the number of updates.
 `trainer.use_v1` must stay True, its default: verl's legacy trainer ignores all of these keys, `gdro` too.
 Rows of `data.train_files` need `data_source` and a unique `extra_info.index`: together they are the prompt's id.
 

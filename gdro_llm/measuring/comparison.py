@@ -221,12 +221,12 @@ def write(result: dict[str, Any], out: Path) -> None:
 
 
 def _caption(result: dict[str, Any]) -> str:
-    starts, total = len(result["models"]), result["runs"][0]["rollouts"]
+    starts, base, total = len(result["models"]), result["baseline"], result["runs"][0]["rollouts"]
     others = any(run["rollouts"] != total for run in result["runs"])  # with budget=tokens
     return (
         f"{result['preset']}: {result['seeds']} seeds over {starts} warm start{'s' if starts > 1 else ''}, {total:,} "
-        f"rollouts a run{' of ' + result['baseline'] if others else ''}. Percent of test problems; in brackets the paired "
-        f"difference from {result['baseline']} in points with its 95 % bootstrap interval, and * where a sign test "
+        f"rollouts a run{f' of {base}' if others else ''}. Percent of test problems; in brackets the paired "
+        f"difference from {base} in points with its 95 % bootstrap interval, and * where a sign test "
         "agrees (p <= .05): else no evidence of one. Tokens (prompts and completions) and seconds are means of a run."
     )
 

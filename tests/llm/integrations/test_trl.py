@@ -21,7 +21,7 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer, PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from gdro_core import GDROController, Plan, PublishedController
+from gdro_core import GDROController, Plan, PublishedController, TokenBudget
 from gdro_core.rollout_game import RolloutGDRO
 from gdro_llm.config import UsageError
 from gdro_llm.integrations.trl import STATE, GDROTrainer, add_prompt_ids, ragged_advantages
@@ -381,6 +381,9 @@ REFUSED = {
         "dataset": Dataset.from_dict({"prompt": PROMPTS})
     },
     "published": {"controller": PublishedController(4)},
+    "controller must have no budget of tokens": {
+        "controller": GDROController.recommended(4, tokens=TokenBudget()),
+    },
     "min_rollouts must be at least 2, or 0, got 1": {"controller": controller(min_rollouts=1)},
     "preserve_objective needs .* got prompt, none": {
         "controller": controller(preserve_objective=True),
