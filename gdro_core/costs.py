@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from gdro_core._rows import RowIndex
-from gdro_core._validate import Floats, Ints, check_entries, check_state, floats, integer, integers, number
+from gdro_core._validate import Floats, check_entries, check_state, floats, integer, integers, number
 from gdro_core.difficulty import _packed, _plain, _unpacked
 
-MEAN_DISCOUNT = 0.9  # of what the means of bins and of new prompts are made of, at each step
+MEAN_DISCOUNT = 0.9  # of what the means of bins and of new prompts are made of, at each step that adds to them
 MEAN_STRENGTH = 8.0  # rollouts of the mean over all, in the mean of each
 LARGEST_CORRECTION = 0.1  # of a step's budget, by errors of earlier steps
 
@@ -25,21 +25,23 @@ LARGEST_CORRECTION = 0.1  # of a step's budget, by errors of earlier steps
 class TokenCosts:
     r"""Expected tokens of a rollout of each prompt.
 
-        c_i = level (m M(bin_i) + sum of a prompt's tokens) / (m + its rollouts),    all tokens in units of the level
+        c_i <- (w (c_i + M(bin_i after) - M(bin_i before)) + its tokens) / (w + its rollouts),    expected: level c_i
 
-    The level is that of the present policy: tokens of the last step over what was expected of them at level 1. A
-    step's tokens are divided by its own, so that what is remembered of a prompt stays right while all answers grow or
-    shrink; a level that remembers earlier steps lags behind, and the lag adds up over a run. A prompt's mean is shrunk
-    to that of its bin, M, of when it was last sampled, by m rollouts. Prompts that were never sampled cost what such
-    prompts cost at their first visits lately.
+    All tokens are in units of the level, that of the present policy: a step's tokens over what was expected of its
+    rollouts at level 1. So what is remembered of a prompt stays right while all answers grow or shrink. The level must
+    not take for a change of all answers that the prompts of a plan are learnt and answered shorter: M is the mean of a
+    bin, by which a prompt's cost moves when its bin does. (By differences, not ratios: bins are noisy, and a prompt
+    known to be long that falls back into the bin of its like would be made longer twice.) A level that averages steps
+    would lag behind growth, and the lag add up over a run. Prompts that were never sampled cost what such prompts cost
+    at their first visits lately; after the first, the mean of their bin counts as `strength` rollouts.
 
-    Outcomes are not told apart: right answers are shorter, but a prompt's own mean has the mixture that it had, while
-    the posterior of one that is passed over fades to 1/2, and a mixture by it would be wrong.
+    Outcomes are not told apart: a prompt's own mean has the mixture that it had, while the posterior of one that is
+    passed over fades to 1/2, and a mixture by it would be wrong.
 
     Args:
         num_bins: B.
-        discount: in (0, 1], weight of a prompt's earlier rollouts each time that it is sampled again.
-        strength: m > 0 [rollouts]: variance of tokens within a prompt over that between prompts of a bin.
+        discount: in (0, 1], weight of what is known of a prompt each time that it is sampled again.
+        strength: > 0 [rollouts]: variance of tokens within a prompt over that between prompts of a bin.
 
     >>> costs = TokenCosts(num_bins=2)
     >>> costs.observe(["a", "b"], [0, 1], rollouts=[4, 4], tokens=[400, 1200])
@@ -52,7 +54,7 @@ class TokenCosts:
         self.discount = number("discount", discount, 0.0, 1.0, open_low=True)
         self.strength = number("strength", strength, 0.0, open_low=True)
         self._index = RowIndex()
-        self._prompts = np.zeros((3, 1))  # tokens, rollouts, mean of the bin; the last column is never written
+        self._prompts = np.zeros((3, 1))  # c at level 1, w [rollouts], bin; the last column is never written
         self._means = np.zeros((2, self.num_bins + 1))  # tokens, rollouts: of the bins, and of prompts when new
         self._level = 1.0  # tokens of the last step over what was expected of them at level 1
 
@@ -78,36 +80,34 @@ class TokenCosts:
             )
         if not drawn.any():
             return
-        self._level = float(total.sum() / (n @ self._relative(rows)))
-        seen = np.stack([total / self._level, n])
-        self._means *= MEAN_DISCOUNT
-        for k in range(2):
-            self._means[k, :-1] += np.bincount(place[drawn], seen[k, drawn], self.num_bins)
-            self._means[k, -1] += seen[k, rows < 0].sum()
+        new, place, means = rows < 0, np.where(drawn, place, 0), self._bin_means()
+        own, weight, before = self._prompts[:, rows]
+        moved = np.maximum(own + means[place] - means[before.astype(np.int64)], 0.1 * own)
+        self._level = float(total.sum() / (n @ np.where(new, means[-1], moved)))
+        total = total / self._level
+        step = [np.bincount(place, x, self.num_bins + 1) for x in (total, n)]
+        step[0][-1], step[1][-1] = total[new].sum(), n[new].sum()
+        self._means = np.where(step[1], MEAN_DISCOUNT, 1.0) * self._means + step
+        own, weight = np.where(new, self._bin_means()[place], moved), np.where(new, self.strength, weight)
         known = len(self)
         rows = self._index.add(names, rows, drawn)[drawn]
         self._prompts = np.pad(self._prompts[:, :known], ((0, 0), (0, len(self) + 1 - known)))
-        self._prompts[:2, rows] = self.discount * self._prompts[:2, rows] + seen[:, drawn]
-        self._prompts[2, rows] = self._mean(place[drawn])
+        learnt = (weight * own + total) / (weight + n), self.discount * (weight + n), place
+        self._prompts[:, rows] = np.stack(learnt)[:, drawn]
 
     def expected(self, ids: Sequence[Hashable]) -> Floats:
         """(N,) expected tokens of one rollout, above 0; all 1 while nothing was observed."""
-        return self._level * self._relative(self._index.find(ids)[1])
+        rows = self._index.find(ids)[1]
+        return np.asarray(self._level * np.where(rows < 0, self._bin_means()[-1], self._prompts[0, rows]))
 
     def __len__(self) -> int:
         """Number of prompts observed so far."""
         return self._index.size
 
-    def _relative(self, rows: Ints) -> Floats:
-        """(N,) expected tokens at level 1."""
-        tokens, rollouts, mean = self._prompts[:, rows]
-        new = self._mean(np.array([self.num_bins]))
-        return np.where(rows < 0, new, (self.strength * mean + tokens) / (self.strength + rollouts))
-
-    def _mean(self, kinds: Ints) -> Floats:
-        """Means of bins, or of new prompts (B), shrunk to the mean of all rollouts."""
-        tokens, rollouts = self._means[:, kinds]
-        total = self._means[:, : self.num_bins].sum(axis=1)
+    def _bin_means(self) -> Floats:
+        """(B + 1,) mean tokens at level 1 of bins, and of prompts when new, shrunk to the mean of all rollouts."""
+        tokens, rollouts = self._means
+        total = self._means[:, :-1].sum(axis=1)
         overall = total[0] / total[1] if total[1] else 1.0
         return np.asarray((tokens + MEAN_STRENGTH * overall) / (rollouts + MEAN_STRENGTH))
 

@@ -47,7 +47,7 @@ COLUMNS = {
     "rollouts": "in these steps, over n_bar a prompt (1)",
     "length": "mean tokens of a rollout in these steps",
 }
-SEEDS, BLOCK = 30, 2
+SEEDS, BLOCK = 20, 2
 PROMPT, HARDEST, EASIEST, GROWTH = 120, 900, 250, 1.5  # tokens; growth of answers over a run
 STEPS = 50  # of which costs are compared
 MORE = 2.0  # rollouts of a run over the uniform one's: enough to spend its tokens
@@ -66,7 +66,7 @@ class Worded(GDROController):
         self.population, self.length_of_run, self.batch = population, steps, batch
         self.own = rng.lognormal(0.0, 0.35, population.prompts)
         self.rng = rng
-        self.spent, self.uniform, self.drawn = [0.0], [0.0], [0]  # by step, tokens, expected tokens, rollouts
+        self.spent, self.planned, self.drawn = [0.0], [0.0], [0]  # by step, tokens, expected tokens, rollouts
 
     def plan(self, ids: Sequence[Hashable], *, budget: int | None = None) -> Plan:
         """See `GDROController.plan`; remembers what an answer to each prompt takes now."""
@@ -74,7 +74,7 @@ class Worded(GDROController):
         growth = GROWTH ** (len(self.drawn) / self.length_of_run)
         self.right = growth * self.own * (HARDEST - (HARDEST - EASIEST) * p)
         expected = MEAN * (PROMPT + self.right * (1.25 - 0.25 * p))
-        self.uniform.append(float(expected[rows[: self.batch]].sum()))
+        self.planned.append(float(expected[rows[: self.batch]].sum()))
         return super().plan(ids, budget=budget)
 
     def observe(self, plan: Plan, rewards: ArrayLike | Observation) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def _run(name: str, controller: Worded, rule: str, seed: int, budget: dict[str, 
     first = slice(0, STEPS + 1)
     tokens, rollouts = sum(controller.spent[first]), sum(controller.drawn[first])
     done = len(controller.drawn[first]) - 1
-    cost = {"cost": tokens / sum(controller.uniform[first]), "rollouts": rollouts / (done * setting.batch * MEAN)}
+    cost = {"cost": tokens / sum(controller.planned[first]), "rollouts": rollouts / (done * setting.batch * MEAN)}
     return {**ends, **cost, "length": tokens / rollouts}
 
 
