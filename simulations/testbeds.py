@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit, logit
 
+from gdro_core import staged_advantages
 from simulations.population import GROUP_EDGES, Floats, Ints, SkillPopulation
 
 RUNGS = (
@@ -152,15 +153,23 @@ class Learner:
         flipped = draws[1] < np.where(self.correct, self.false_negative, self.false_positive)
         return np.asarray(self.correct ^ flipped, dtype=np.float64)
 
-    def update(self, rows: Ints, counts: Ints, rewards: Floats, weights: Floats) -> None:
-        """One step on the rewards of the last `sample`, which must be of the same rows and counts."""
+    def update(self, rows: Ints, counts: Ints, rewards: Floats, weights: Floats, stage: Ints | None = None) -> None:
+        """One step on the rewards of the last `sample`, which must be of the same rows and counts.
+
+        With the (sum of counts,) stage of each rollout, advantages are taken stage by stage.
+        """
         owner = np.repeat(np.arange(rows.size), counts)
         size = np.maximum(counts, 1)
         mean = np.bincount(owner, rewards, minlength=rows.size) / size
         spread = np.sqrt(mean * (1.0 - mean))
         factor = np.divide(weights, spread, out=np.zeros(rows.size), where=spread > 1e-6) / max(owner.size, 1)
-        pull = factor * self._pull(rows, owner, rewards - mean[owner])  # 0 unless mixed
-        energy = factor**2 * mean * (1.0 - mean) * size
+        if stage is None:
+            centred, square = rewards - mean[owner], mean * (1.0 - mean) * size
+        else:
+            centred = staged_advantages(rewards, owner, stage)
+            square = np.bincount(owner, centred**2, minlength=rows.size)
+        pull = factor * self._pull(rows, owner, centred)  # 0 unless mixed
+        energy = factor**2 * square
         taught, idle = self._taught(rows)
         shared = pull @ taught
         square = float(shared @ shared + pull**2 @ (self.own + idle**2) + self.noise * energy.sum())
