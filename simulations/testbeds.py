@@ -163,18 +163,17 @@ class Learner:
         mean = np.bincount(owner, rewards, minlength=rows.size) / size
         spread = np.sqrt(mean * (1.0 - mean))
         factor = np.divide(weights, spread, out=np.zeros(rows.size), where=spread > 1e-6) / max(owner.size, 1)
-        if stage is None:
-            centred, square = rewards - mean[owner], mean * (1.0 - mean) * size
-        else:
+        centred, square = rewards - mean[owner], mean * (1.0 - mean) * size
+        if stage is not None:
             centred = staged_advantages(rewards, owner, stage)
-            square = np.bincount(owner, centred**2, minlength=rows.size)
+            square = np.asarray(np.bincount(owner, centred**2, minlength=rows.size), dtype=np.float64)
         pull = factor * self._pull(rows, owner, centred)  # 0 unless mixed
         energy = factor**2 * square
         taught, idle = self._taught(rows)
         shared = pull @ taught
-        square = float(shared @ shared + pull**2 @ (self.own + idle**2) + self.noise * energy.sum())
-        if square > 0.0:
-            rate = self.learning_rate * self.steps.scale(square)
+        length = float(shared @ shared + pull**2 @ (self.own + idle**2) + self.noise * energy.sum())
+        if length > 0.0:
+            rate = self.learning_rate * self.steps.scale(length)
             self.theta = self.theta + rate * shared
             self.learnt[rows] += rate * self.own * pull
         self.theta = (1.0 - self.forgetting) * self.theta
