@@ -122,6 +122,7 @@ class Learner:
         self.ground, self.steps, self.learning_rate = ground, steps, learning_rate
         self.own, self.noise, self.agreement, self.forgetting = own, noise, agreement, forgetting
         self.false_positive, self.false_negative = false_positive, false_negative
+        self.staged = True  # with stages: each against what came up to it, not against the whole group
         self.prompts = ground.prompts
         self.ids = list(range(self.prompts))
         groups = np.searchsorted(GROUP_EDGES, expit(ground.difficulty), side="right")
@@ -156,7 +157,7 @@ class Learner:
     def update(self, rows: Ints, counts: Ints, rewards: Floats, weights: Floats, stage: Ints | None = None) -> None:
         """One step on the rewards of the last `sample`, which must be of the same rows and counts.
 
-        With the (sum of counts,) stage of each rollout, advantages are taken stage by stage.
+        With the (sum of counts,) stage of each rollout, advantages are taken stage by stage if `staged`.
         """
         owner = np.repeat(np.arange(rows.size), counts)
         size = np.maximum(counts, 1)
@@ -164,7 +165,7 @@ class Learner:
         spread = np.sqrt(mean * (1.0 - mean))
         factor = np.divide(weights, spread, out=np.zeros(rows.size), where=spread > 1e-6) / max(owner.size, 1)
         centred, square = rewards - mean[owner], mean * (1.0 - mean) * size
-        if stage is not None:
+        if stage is not None and self.staged:
             centred = staged_advantages(rewards, owner, stage)
             square = np.asarray(np.bincount(owner, centred**2, minlength=rows.size), dtype=np.float64)
         pull = factor * self._pull(rows, owner, centred)  # 0 unless mixed
