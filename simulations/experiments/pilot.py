@@ -2,8 +2,8 @@
 
 The reported populations of `frontier`, with as many prompts as the epochs ask for: a step has 512 rollouts (480 and 256
 on some) on 512 / n_bar prompts, and every rule gets the batch alone. n_max is 3 n_bar. Advantages of two stages are
-taken stage by stage but where `pooled` is said. `recommended` has one stage: where nothing is known of any prompt it is uniform. `pilot, own
-choice` decides by theorem 21 whether to have a first stage; `pilot` always has one, of n_bar / 2.
+taken stage by stage but where `pooled` is said. `recommended` has one stage: where nothing is known of any prompt it is
+uniform. `pilot, own choice` decides by theorem 21 whether to have a first stage; `pilot` always has one, of n_bar / 2.
 """
 
 from __future__ import annotations
