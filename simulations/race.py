@@ -109,8 +109,8 @@ def race(population: Population, planner: Planner, total: int, batch: int, seed:
         plan = planner.plan(epochs.draw())
         rows = np.asarray(plan.ids, dtype=np.int64)
         groups, stage = _sample(population, rows, plan.counts, plan.weights, outcome), None
-        if inner is not None and plan.rest:
-            plan = inner.replan(plan, groups.rewards)
+        if measuring is not None and plan.rest:
+            plan = measuring.replan(plan, groups.rewards)
             more = _sample(population, rows, plan.more, plan.weights, outcome)
             groups, stage = replace(groups.with_more(more), weights=plan.weights), plan.stage
         kept = groups
