@@ -122,7 +122,7 @@ class Learner:
         self.ground, self.steps, self.learning_rate = ground, steps, learning_rate
         self.own, self.noise, self.agreement, self.forgetting = own, noise, agreement, forgetting
         self.false_positive, self.false_negative = false_positive, false_negative
-        self.staged = True  # with stages: each against what came up to it, not against the whole group
+        self.staged = False  # with stages: each against what came up to it, instead of against the whole group
         self.prompts = ground.prompts
         self.ids = list(range(self.prompts))
         groups = np.searchsorted(GROUP_EDGES, expit(ground.difficulty), side="right")
