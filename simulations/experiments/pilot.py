@@ -1,9 +1,10 @@
 """Does a pilot pay where prompts are seen once or twice? Plans of one and two stages at equal rollouts, in few epochs.
 
 The reported populations of `frontier`, with as many prompts as the epochs ask for: a step has 512 rollouts (480 and 256
-on some) on 512 / n_bar prompts, and every rule gets the batch alone. n_max is 3 n_bar. Advantages are
-taken against the mean of the whole group, which gained more than stage by stage on all tuning populations tried (rewards
-are 0 or 1). `recommended` has one stage: where nothing is known of any prompt it is uniform. `pilot, own choice` decides by theorem 21 whether to have a first stage; `pilot` always has one, of n_bar / 2.
+on some) on 512 / n_bar prompts, and every rule gets the batch alone. n_max is 3 n_bar. Advantages are against the mean
+of the whole group, which gained more than stage by stage on all tuning populations tried (rewards are 0 or 1).
+`recommended` has one stage: where nothing is known of any prompt it is uniform. `pilot, own choice` decides by theorem
+21 whether to have a first stage; `pilot` always has one, of n_bar / 2.
 """
 
 from __future__ import annotations
