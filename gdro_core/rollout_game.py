@@ -149,6 +149,7 @@ class RolloutGDRO:
     def extend(
         self,
         first: ArrayLike,
+        correct: ArrayLike,
         rest: int,
         a: ArrayLike,
         b: ArrayLike,
@@ -156,10 +157,13 @@ class RolloutGDRO:
         *,
         rng: np.random.Generator | None = None,
     ) -> tuple[Ints, float]:
-        """Hand out further rollouts after a first stage, whose baselines are paid: the second half of pilot and commit.
+        """Hand out further rollouts after a first stage whose rewards are known: the commit of pilot and commit.
+
+        What a group has shown is certain, what it will show is expected: U is `Utility.further`. Needs a `signal`.
 
         Args:
             first: (N,) rollouts of the first stage, at most n_max; prompts with none stay without.
+            correct: (N,) summed rewards of it.
             rest: rollouts to hand out.
             a, b: (N,) posterior successes and failures > 0, the first stage included.
             weights: (N,) prompt weights ω >= 0 of the joint law; None for 1.
@@ -173,21 +177,22 @@ class RolloutGDRO:
             ValueError: a bad argument, or no room for `rest` under n_max.
         """
         counts = integers("first", first, (-1,), 0, self.max_rollouts)
-        alpha, beta = floats("a", a, counts.shape, 0.0), floats("b", b, counts.shape, 0.0)
+        right = floats("correct", correct, counts.shape, 0.0)
+        alpha, beta = floats("a", a, counts.shape, 0.0)[:, None], floats("b", b, counts.shape, 0.0)[:, None]
         omega = np.ones(counts.shape) if weights is None else floats("weights", weights, counts.shape, 0.0)
         drawn = counts > 0
         room = int((self.max_rollouts - counts[drawn]).sum())
         if not 0 <= rest <= room:
             raise ValueError(f"rest must lie in [0, {room}], the room under max_rollouts, got {rest}")
-        if rest == 0:
-            return counts, 0.0
-        arms = np.arange(1, self.max_rollouts + 1)
-        scale = omega[drawn, None] ** self.utility.weight_power
-        gains = np.diff(self.utility.table(alpha[drawn, None], beta[drawn, None], arms) * scale, axis=1)
-        bought = arms[1:] <= counts[drawn, None]
-        total = rest + int(counts.sum())
-        counts[drawn] = greedy_counts(np.where(bought, np.inf, gains), total, 1, rng)
-        return counts, float(gains[~bought & (arms[1:] <= counts[drawn, None])].min())
+        if self.utility.further is None:
+            raise ValueError(f"utility must be a signal to extend a plan, got {self.utility.name!r}")
+        group = (alpha, beta, right[:, None], counts[:, None].astype(np.float64))
+        more = np.arange(self.max_rollouts + 1)
+        table = self.utility.further(*group, more) * omega[:, None] ** self.utility.weight_power
+        gains = np.where(more[1:] <= np.where(drawn, self.max_rollouts - counts, 0)[:, None], np.diff(table), -np.inf)
+        added = greedy_counts(gains, rest, 0, rng)
+        bought = gains[more[1:] <= added[:, None]]
+        return counts + added, float(bought.min(initial=np.inf)) if rest else 0.0
 
     def settings(self) -> dict[str, Any]:
         """What a saved state must agree with, as plain numbers and texts."""
