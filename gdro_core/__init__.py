@@ -76,6 +76,14 @@ from gdro_core.theory.regret import (
     tracking_complexity,
     tsallis_inf_bound,
 )
+from gdro_core.theory.two_stage import (
+    TwoStage,
+    best_two_stage,
+    pilot_gain,
+    pooled_bias,
+    staged_efficiency,
+    staged_weight,
+)
 from gdro_core.utilities import HIT, MIXED, SIGNAL, UTILITIES, VARIANCE, Utility, rollout_utility, signal
 
 __all__ = [
@@ -125,11 +133,13 @@ __all__ = [
     "TokenBudget",
     "TokenCosts",
     "TsallisINF",
+    "TwoStage",
     "Utility",
     "VarianceComponents",
     "allocation_marginals",
     "best_group_size",
     "best_in_hindsight",
+    "best_two_stage",
     "catoni_mean",
     "chi_square",
     "cvar",
@@ -169,6 +179,8 @@ __all__ = [
     "pass_at_k",
     "path_learning_rate",
     "path_regret_bound",
+    "pilot_gain",
+    "pooled_bias",
     "prompt_payoff",
     "purity",
     "ratio_interval",
@@ -177,6 +189,8 @@ __all__ = [
     "signal",
     "sqrt_allocation",
     "staged_advantages",
+    "staged_efficiency",
+    "staged_weight",
     "step_cosine",
     "token_allocation",
     "tracking_complexity",

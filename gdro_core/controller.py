@@ -35,6 +35,7 @@ from gdro_core.prior import LearntPrior
 from gdro_core.prompt_game import PromptGDRO
 from gdro_core.rollout_game import RolloutGDRO
 from gdro_core.theory.frontier import best_group_size
+from gdro_core.theory.two_stage import pilot_gain
 from gdro_core.utilities import VARIANCE, Utility, signal
 
 
@@ -241,6 +242,7 @@ def _even_odds(n: float) -> float:
 IDLE_DISCOUNT = 0.9  # of what is known about a prompt, each time that it is passed over
 FORGOTTEN = 0.5  # x n_bar rollouts: a prompt of which less is known counts as unseen, where prompts can be passed over
 COMPONENTS_DISCOUNT = 0.9  # of what is known about variance components, at each measurement
+FEWEST_PILOT, LEAST_GAIN = 4, 0.05  # rollouts of a first stage, and its gain, for a controller to choose one itself
 MOST_KAPPA = 2.5  # that the recommended controller plans with, see `GDROController.kappa`
 
 
@@ -290,8 +292,10 @@ class GDROController:
             gradient) and a whole n_bar.
         components: estimates the kappa of a rollout game with a `signal` utility from what `observe_gradients` is told.
             Until that has been known well enough once, the utility's own kappa is used.
-        pilot: n_1, rollouts of a prompt of which nothing is known before `replan` decides about its others; 0: no
-            second stage. At least 2 and n_min, at most n_bar. Not with `per_bin`, `permute` or `preserve_objective`.
+        pilot: n_1, rollouts of a prompt of which nothing is known before `replan` decides about its others, at least 2
+            and n_min, at most n_bar. 0: one stage. None: n_bar / 2 rollouts, from 4 on, while `pilot_gain` promises 5 %
+            under the prior of unseen prompts and the present kappa. Needs a `signal` utility, and neither `per_bin`,
+            `permute` nor `preserve_objective`.
         tokens: the budget is not rollouts but what they cost: the expected tokens of a plan are those of n_bar rollouts
             for each prompt of the batch, and errors of that are paid back. `observe` then needs tokens. Needs a rollout
             game per prompt.
@@ -316,7 +320,7 @@ class GDROController:
         joint: bool = True,
         preserve_objective: bool = False,
         components: VarianceComponents | None = None,
-        pilot: int = 0,
+        pilot: int | None = 0,
         tokens: TokenBudget | None = None,
         seed: int = 0,
     ) -> None:
@@ -324,11 +328,14 @@ class GDROController:
             raise ValueError(
                 f"prompt.num_bins must equal the classifier's {classifier.num_bins}, got {prompt.num_bins}"
             )
-        self.pilot = integer("pilot", pilot, 0)
-        if self.pilot:
-            if rollout is None or rollout.per_bin or rollout.permute or preserve_objective:
-                raise ValueError(f"pilot needs a rollout game per prompt and weights of one stage, got {rollout!r}")
-            check_number("pilot", self.pilot, max(2, rollout.min_rollouts), rollout.mean_rollouts)
+        self.pilot = None if pilot is None else integer("pilot", pilot, 0)
+        self._chosen: tuple[tuple[float, ...], int] | None = None  # the first stage, and what it was chosen for
+        if self.pilot != 0:
+            whole = rollout is None or rollout.per_bin or rollout.permute or preserve_objective
+            if rollout is None or whole or rollout.utility.further is None:
+                raise ValueError(f"pilot must be 0 without a signal utility and a count for each prompt, got {pilot!r}")
+            if self.pilot is not None:
+                check_number("pilot", self.pilot, max(2, rollout.min_rollouts), rollout.mean_rollouts)
         if tokens is not None:
             if rollout is None or rollout.per_bin or rollout.permute:
                 raise ValueError(f"tokens need a rollout game per prompt, got {rollout!r}")
@@ -379,7 +386,7 @@ class GDROController:
         adversary: Adversary = Entropic(0.6),
         kappa: float = 0.5,
         error: float = 0.0,
-        pilot: int = 0,
+        pilot: int | None = 0,
         prior: tuple[float, float] | LearntPrior = (0.5, 0.5),
         tokens: TokenBudget | None = None,
         seed: int = 0,
@@ -402,7 +409,7 @@ class GDROController:
             adversary: of the prompt game, on the error payoff.
             kappa: of `signal`, until `observe_gradients` has told enough to estimate it.
             error: probability that the verifier turns a grade round.
-            pilot: rollouts of unseen prompts in a first stage, see `replan`; 0 for one stage.
+            pilot: rollouts of unseen prompts in a first stage, see `replan`; 0 for one stage, None for its own choice.
             prior: of unseen prompts. A `LearntPrior()` predicts better (`simulations/experiments/learnt_prior.py`), and
                 changes plans: the adversary's step was chosen without it, and a smaller one, .3, seems due with it.
             tokens: `TokenBudget()` for steps that cost n_bar rollouts each in tokens; None: in rollouts.
@@ -498,9 +505,9 @@ class GDROController:
                 counts, price = rollout.allocate_tokens(
                     groups, a, b, omega, costs=costs, tokens=tokens, most=most, budget=budget, rng=rng
                 )
-            if self.pilot:
+            if first := self._first_stage(rollout) if (groups < 0).any() else 0:
                 whole = int(counts.sum())
-                counts = np.where(groups < 0, np.minimum(counts, self.pilot), counts)
+                counts = np.where(groups < 0, np.minimum(counts, first), counts)
                 rest = whole - int(counts.sum())
         if rollout is not None and self.preserve_objective:
             p = a / (a + b)
@@ -532,7 +539,7 @@ class GDROController:
         >>> plan = controller.plan(["a", "b"])
         >>> whole = controller.replan(plan, [1, 0, 1, 1])
         >>> plan.counts, plan.rest, whole.more, whole.stage
-        (array([2, 2]), 12, array([8, 4]), array([0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1, 1]))
+        (array([2, 2]), 12, array([7, 5]), array([0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1, 1, 1]))
         """
         observation, game = Observation.of_plan(plan, rewards), self._rollout_game()
         if plan.rest == 0 or game is None:
@@ -543,10 +550,12 @@ class GDROController:
         rng = np.random.default_rng([self.seed, self._step, 1])
         omega = weights if self.joint else None
         if self.tokens is None or plan.batch is None:
-            counts, price = game.extend(plan.counts, plan.rest, a, b, omega, rng=rng)
+            counts, price = game.extend(plan.counts, observation.correct, plan.rest, a, b, omega, rng=rng)
         else:
             costs, tokens, most = self.tokens.limits(plan.ids, plan.batch, game.mean_rollouts)
-            counts, price = game.extend_tokens(plan.counts, a, b, omega, costs=costs, tokens=tokens, most=most, rng=rng)
+            counts, price = game.extend_tokens(
+                plan.counts, observation.correct, a, b, omega, costs=costs, tokens=tokens, most=most, rng=rng
+            )
         weights = _batch_weights(game.utility, a, b, counts, weights)
         return replace(plan, weights=weights, counts=counts, price=price, rest=0, first=plan.counts)
 
@@ -558,6 +567,21 @@ class GDROController:
         prompts that are solved by luck or never would get most rollouts. Below it a wrong kappa costs little.
         """
         return self._kappa
+
+    def _first_stage(self, game: RolloutGDRO) -> int:
+        """n_1 of unseen prompts, 0 for one stage: as given, or n_bar / 2 while that promises enough (theorem 21)."""
+        kappa = game.utility.kappa
+        if self.pilot is not None or kappa is None:
+            return self.pilot or 0
+        first = max(game.min_rollouts, int(game.mean_rollouts) // 2)
+        if first < FEWEST_PILOT:
+            return 0
+        known = tuple(np.exp(np.round(np.log([*self.classifier.prior, kappa + 1e-3]), 1)).tolist())
+        if self._chosen is None or self._chosen[0] != known:
+            a, b, ratio = known
+            gain = pilot_gain(first, game.mean_rollouts, game.max_rollouts, a, b, ratio)
+            self._chosen = known, first if gain >= LEAST_GAIN else 0
+        return self._chosen[1]
 
     def _learnt_kappa(self) -> float | None:
         """The present estimate, once it has been useful: an interval that widens later makes it little worse."""

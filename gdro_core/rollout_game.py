@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from gdro_core._budget import checked_bounds, split_budget
 from gdro_core._counts import frontier_counts, greedy_counts, token_counts
@@ -210,6 +210,7 @@ class RolloutGDRO:
     def extend(
         self,
         first: ArrayLike,
+        correct: ArrayLike,
         rest: int,
         a: ArrayLike,
         b: ArrayLike,
@@ -217,10 +218,13 @@ class RolloutGDRO:
         *,
         rng: np.random.Generator | None = None,
     ) -> tuple[Ints, float]:
-        """Hand out further rollouts after a first stage, whose baselines are paid: the second half of pilot and commit.
+        """Hand out further rollouts after a first stage whose rewards are known: the commit of pilot and commit.
+
+        What a group has shown is certain, what it will show is expected: U is `Utility.further`. Needs a `signal`.
 
         Args:
             first: (N,) rollouts of the first stage, at most n_max; prompts with none stay without.
+            correct: (N,) summed rewards of it.
             rest: rollouts to hand out.
             a, b: (N,) posterior successes and failures > 0, the first stage included.
             weights: (N,) prompt weights ω >= 0 of the joint law; None for 1.
@@ -233,20 +237,18 @@ class RolloutGDRO:
         Raises:
             ValueError: a bad argument, or no room for `rest` under n_max.
         """
-        counts, drawn, gains = self._further(first, a, b, weights)
-        room = int((self.max_rollouts - counts[drawn]).sum())
+        counts, gains = self._further(first, correct, a, b, weights)
+        room = int(np.isfinite(gains).sum())
         if not 0 <= rest <= room:
             raise ValueError(f"rest must lie in [0, {room}], the room under max_rollouts, got {rest}")
-        if rest == 0:
-            return counts, 0.0
-        total = rest + int(counts.sum())
-        counts[drawn] = greedy_counts(gains, total, 1, rng)
-        bought = np.arange(2, self.max_rollouts + 1) <= counts[drawn, None]
-        return counts, float(gains[bought].min())
+        added = greedy_counts(gains, rest, 0, rng)
+        bought = gains[np.arange(1, self.max_rollouts + 1) <= added[:, None]]
+        return counts + added, float(bought.min(initial=np.inf)) if rest else 0.0
 
     def extend_tokens(
         self,
         first: ArrayLike,
+        correct: ArrayLike,
         a: ArrayLike,
         b: ArrayLike,
         weights: ArrayLike | None = None,
@@ -259,7 +261,7 @@ class RolloutGDRO:
         """As `extend`, where what is left is a budget of tokens: greedy by gain per token (theorem 22).
 
         Args:
-            first, a, b, weights, rng: as in `extend`.
+            first, correct, a, b, weights, rng: as in `extend`.
             costs: (N,) > 0, expected tokens of a rollout.
             tokens: of both stages; none are left if the first was expected to cost more.
             most: most rollouts of both stages.
@@ -271,16 +273,15 @@ class RolloutGDRO:
         Raises:
             ValueError: a bad argument.
         """
-        counts, drawn, gains = self._further(first, a, b, weights)
+        counts, gains = self._further(first, correct, a, b, weights)
         cost = floats("costs", costs, counts.shape, 0.0)
         if not cost.all():
             raise ValueError("costs must be above 0, got 0.0")
-        rows = np.flatnonzero(drawn)
-        rows = rows if rng is None else rng.permutation(rows)  # the first of equal prompts wins
-        density = (gains[np.searchsorted(np.flatnonzero(drawn), rows)] / cost[rows, None]).ravel()
+        rows = np.arange(cost.size) if rng is None else rng.permutation(cost.size)  # the first of equal prompts wins
+        density = np.minimum.accumulate(gains[rows] / cost[rows, None], axis=1).ravel()
         order = np.argsort(-density, kind="stable")
         order = order[np.isfinite(density[order])]
-        owner = rows[order // max(self.max_rollouts - 1, 1)]
+        owner = rows[order // gains.shape[1]]
         left = number("tokens", tokens, 0.0) - float(counts @ cost)
         room = max(integer("most", most, 0) - int(counts.sum()), 0)
         whole = min(int(np.searchsorted(np.cumsum(cost[owner]), left * (1.0 + 1e-12), "right")), room)
@@ -288,17 +289,20 @@ class RolloutGDRO:
         return counts, float(density[order[whole - 1]]) if whole else 0.0
 
     def _further(
-        self, first: ArrayLike, a: ArrayLike, b: ArrayLike, weights: ArrayLike | None
-    ) -> tuple[Ints, NDArray[np.bool_], Floats]:
-        """(N,) first stage, (N,) who has one, and of these (M, n_max - 1) marginal gains of n >= 2, inf if drawn."""
+        self, first: ArrayLike, correct: ArrayLike, a: ArrayLike, b: ArrayLike, weights: ArrayLike | None
+    ) -> tuple[Ints, Floats]:
+        """(N,) first stage, and (N, n_max) gains of 1, 2, ... rollouts more, -inf where there is no room for them."""
         counts = integers("first", first, (-1,), 0, self.max_rollouts)
-        alpha, beta = floats("a", a, counts.shape, 0.0), floats("b", b, counts.shape, 0.0)
+        right = floats("correct", correct, counts.shape, 0.0)
+        alpha, beta = floats("a", a, counts.shape, 0.0)[:, None], floats("b", b, counts.shape, 0.0)[:, None]
         omega = np.ones(counts.shape) if weights is None else floats("weights", weights, counts.shape, 0.0)
-        drawn = counts > 0
-        arms = np.arange(1, self.max_rollouts + 1)
-        scale = omega[drawn, None] ** self.utility.weight_power
-        gains = np.diff(self.utility.table(alpha[drawn, None], beta[drawn, None], arms) * scale, axis=1)
-        return counts, drawn, np.where(arms[1:] <= counts[drawn, None], np.inf, gains)
+        if self.utility.further is None:
+            raise ValueError(f"utility must be a signal to extend a plan, got {self.utility.name!r}")
+        group = (alpha, beta, right[:, None], counts[:, None].astype(np.float64))
+        more = np.arange(self.max_rollouts + 1)
+        table = self.utility.further(*group, more) * omega[:, None] ** self.utility.weight_power
+        room = np.where(counts > 0, self.max_rollouts - counts, 0)
+        return counts, np.where(more[1:] <= room[:, None], np.diff(table), -np.inf)
 
     def settings(self) -> dict[str, Any]:
         """What a saved state must agree with, as plain numbers and texts."""

@@ -17,6 +17,7 @@ from gdro_core._counts import spread_ratio
 from gdro_core._validate import Floats, Ints, choice, floats, integers, number
 from gdro_core.theory.frontier import purity
 
+Further = Callable[[Floats, Floats, Floats, Floats, Ints], Floats]  # with (N, 1) correct and trials before n more
 Table = Callable[[Floats, Floats, Ints], Floats]  # (N, 1) a, (N, 1) b, n of (A,) or (N, 1) -> (N, A) or (N, 1)
 
 
@@ -40,6 +41,8 @@ class Utility:
     shrinkage: Table = field(default=_ones, compare=False)  # factor on the weight of a prompt with n rollouts
     information: Table = field(default=_ones, compare=False)  # share of n rollouts that counts in the mean weight
     at_kappa: Callable[[float], Utility] | None = field(default=None, compare=False)  # the same at another kappa
+    further: Further | None = field(default=None, compare=False)  # of n rollouts after graded ones
+    kappa: float | None = None  # of a signal
 
     def of(self, a: ArrayLike, b: ArrayLike, arms: ArrayLike) -> Floats:
         """Utility of every number of rollouts in `arms`, for every prompt.
@@ -125,6 +128,15 @@ class _Signal:
         mixed[n[:, 0] < 2] = 0.0
         return np.asarray(mixed[:, None])
 
+    def further(self, a: Floats, b: Floats, correct: Floats, trials: Floats, n: Ints) -> Floats:
+        """Utility at omega = 1 of a group of some graded rollouts and n more: what it has shown is no longer random."""
+        pure, mean, v = self._moments(a, b)
+        shown, new = correct * (trials - correct) / np.maximum(trials, 1.0), mean * n
+        square = shown * (shown + 2.0 * new) + new * spread_ratio(n + 1, v)
+        size = shown + new
+        spread = size + self.kappa * pure**2 * square
+        return np.asarray(pure**2 * size**2 / np.where(spread > 0.0, spread, 1.0))
+
     def _moments(self, a: Floats, b: Floats) -> tuple[Floats, Floats, Floats]:
         """(N, 1) purity at the mean rate, E v, E v^2 / E v."""
         total = a + b
@@ -167,6 +179,8 @@ def signal(kappa: float, error: float = 0.0) -> Utility:
         shrinkage=tables.weight,
         information=tables.mixed,
         at_kappa=partial(signal, error=tables.error),
+        further=tables.further,
+        kappa=tables.kappa,
     )
 
 

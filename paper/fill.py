@@ -217,7 +217,7 @@ def _collect_speed(folder: Path) -> None:
     """Medians and what was noted beside them, without what tells of the machine's owner."""
     rows = json.loads((folder / "bench.json").read_text(encoding="utf-8"))["benchmarks"]
     found = {row["name"]: {"median_s": row["stats"]["median"], **row["extra_info"]} for row in rows}
-    for path in sorted(folder.glob("trl-*.json")):
+    for path in sorted([*folder.glob("trl-*.json"), *folder.glob("pretrained-*.json")]):
         found[path.stem] = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])  # TRL prints lines before
     (HERE / "results" / "training" / "speed.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print("collected speed")

@@ -446,6 +446,48 @@ class VIGOR(Uniform):
         return np.where(np.isin(np.arange(c.size), best), 2 * (self.mean // 2), 0)
 
 
+class AR3PO(Uniform):
+    """AR3PO's adaptive rollout (2509.25808): rounds of n_bar / 2, at most 4, until the first right answer.
+
+    Departs: no reuse of earlier right answers.
+    """
+
+    def counts(self, ids: Ints) -> Ints:
+        """The first round."""
+        return np.full(ids.size, self.mean // 2)
+
+    def more(self, groups: Groups, done: int) -> Ints | None:
+        """A further round for prompts that were not solved yet."""
+        unsolved = groups.successes == 0
+        return np.where(unsolved, self.mean // 2, 0) if done < 4 and unsolved.any() else None
+
+
+class PilotCommit(Uniform):
+    """Pilot-Commit (2605.26606): n_bar / 2 rollouts each, then the rest for prompts with both outcomes alone.
+
+    Departs: a reading of the idea only; those prompts share equally, up to 3 n_bar each, and are trained on.
+    """
+
+    def counts(self, ids: Ints) -> Ints:
+        """The pilot."""
+        return np.full(ids.size, self.mean // 2)
+
+    def more(self, groups: Groups, done: int) -> Ints | None:
+        """The rest of the budget, in equal shares."""
+        open_ = np.flatnonzero(groups.mixed)
+        if done > 1 or not open_.size:
+            return None
+        rest = min((self.mean - self.mean // 2) * groups.rows.size, (3 * self.mean - self.mean // 2) * open_.size)
+        extra = np.zeros(groups.rows.size, dtype=np.int64)
+        extra[open_] = rest // open_.size
+        extra[open_[: rest % open_.size]] += 1
+        return extra
+
+    def keep(self, groups: Groups) -> Groups:
+        """Mixed groups."""
+        return groups.of(groups.mixed)
+
+
 BINS = 10
 Build = Callable[[Population, int, np.random.Generator], Planner]
 

@@ -108,7 +108,11 @@ def race(population: Population, planner: Planner, total: int, batch: int, seed:
     while rollouts < total:
         plan = planner.plan(epochs.draw())
         rows = np.asarray(plan.ids, dtype=np.int64)
-        groups = _sample(population, rows, plan.counts, plan.weights, outcome)
+        groups, stage = _sample(population, rows, plan.counts, plan.weights, outcome), None
+        if measuring is not None and plan.rest:
+            plan = measuring.replan(plan, groups.rewards)
+            more = _sample(population, rows, plan.more, plan.weights, outcome)
+            groups, stage = replace(groups.with_more(more), weights=plan.weights), plan.stage
         kept = groups
         if adaptive is not None:
             done = 1
@@ -130,7 +134,10 @@ def race(population: Population, planner: Planner, total: int, batch: int, seed:
             if isinstance(planner, PublishedController):
                 losses = population.prompt_losses(kept.rows, kept.counts, kept.rewards, kept.weights)
                 planner.observe_losses(plan, losses)
-            population.update(kept.rows, kept.counts, kept.rewards, kept.weights)
+            if stage is None:
+                population.update(kept.rows, kept.counts, kept.rewards, kept.weights)
+            elif isinstance(population, Learner):
+                population.update(kept.rows, kept.counts, kept.rewards, kept.weights, stage)
             waiting = None
         planner.observe(plan, groups.rewards)
         step += 1

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit, logit
 
+from gdro_core import staged_advantages
 from simulations.population import GROUP_EDGES, Floats, Ints, SkillPopulation
 
 RUNGS = (
@@ -121,6 +122,7 @@ class Learner:
         self.ground, self.steps, self.learning_rate = ground, steps, learning_rate
         self.own, self.noise, self.agreement, self.forgetting = own, noise, agreement, forgetting
         self.false_positive, self.false_negative = false_positive, false_negative
+        self.staged = False  # with stages: each against what came up to it, instead of against the whole group
         self.prompts = ground.prompts
         self.ids = list(range(self.prompts))
         groups = np.searchsorted(GROUP_EDGES, expit(ground.difficulty), side="right")
@@ -152,20 +154,27 @@ class Learner:
         flipped = draws[1] < np.where(self.correct, self.false_negative, self.false_positive)
         return np.asarray(self.correct ^ flipped, dtype=np.float64)
 
-    def update(self, rows: Ints, counts: Ints, rewards: Floats, weights: Floats) -> None:
-        """One step on the rewards of the last `sample`, which must be of the same rows and counts."""
+    def update(self, rows: Ints, counts: Ints, rewards: Floats, weights: Floats, stage: Ints | None = None) -> None:
+        """One step on the rewards of the last `sample`, which must be of the same rows and counts.
+
+        With the (sum of counts,) stage of each rollout, advantages are taken stage by stage if `staged`.
+        """
         owner = np.repeat(np.arange(rows.size), counts)
         size = np.maximum(counts, 1)
         mean = np.bincount(owner, rewards, minlength=rows.size) / size
         spread = np.sqrt(mean * (1.0 - mean))
         factor = np.divide(weights, spread, out=np.zeros(rows.size), where=spread > 1e-6) / max(owner.size, 1)
-        pull = factor * self._pull(rows, owner, rewards - mean[owner])  # 0 unless mixed
-        energy = factor**2 * mean * (1.0 - mean) * size
+        centred, square = rewards - mean[owner], mean * (1.0 - mean) * size
+        if stage is not None and self.staged:
+            centred = staged_advantages(rewards, owner, stage)
+            square = np.asarray(np.bincount(owner, centred**2, minlength=rows.size), dtype=np.float64)
+        pull = factor * self._pull(rows, owner, centred)  # 0 unless mixed
+        energy = factor**2 * square
         taught, idle = self._taught(rows)
         shared = pull @ taught
-        square = float(shared @ shared + pull**2 @ (self.own + idle**2) + self.noise * energy.sum())
-        if square > 0.0:
-            rate = self.learning_rate * self.steps.scale(square)
+        length = float(shared @ shared + pull**2 @ (self.own + idle**2) + self.noise * energy.sum())
+        if length > 0.0:
+            rate = self.learning_rate * self.steps.scale(length)
             self.theta = self.theta + rate * shared
             self.learnt[rows] += rate * self.own * pull
         self.theta = (1.0 - self.forgetting) * self.theta

@@ -9,12 +9,10 @@ peak memory of the process follows. `tests/bench_trl.py` measures TRL on the sam
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from bench_work import train_alone
 
 STEPS, WARM_UP, ROUNDS = 14, 2, 3
 STAGES = ("controller_s", "sync_s", "sample_s", "grade_s", "update_s")
@@ -38,32 +36,20 @@ class StepClock:
 clock = StepClock()
 
 
-def train(run: Path, controller: str, threads: int) -> int:
-    """Train a few steps; the largest resident memory of the process [bytes]."""
-    options = {
-        "controller": controller, "threads": threads, "steps": STEPS, "eval-every": STEPS, "save-every": STEPS,
-        "test-problems": 25, "out": run, "minibatches": 1,  # as `bench_trl.py` does
-    }  # fmt: skip
-    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "gdro_llm.cli", "train", "quickstart", *flags]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0, f"failed: {' '.join(command)}"
-    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 @pytest.mark.benchmark(timer=clock)
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("controller", ["grpo", "recommended"])
 def test_training_step(benchmark, capsys, tmp_path, controller, threads):
     """A step of 512 rollouts."""
     memory = []
+    options = {
+        "controller": controller, "threads": threads, "steps": STEPS, "eval-every": STEPS, "save-every": STEPS,
+        "test-problems": 25, "minibatches": 1, "device": "cpu",  # as `bench_trl.py` does
+    }  # fmt: skip
 
     def one_run():
         run = tmp_path / str(len(memory))
-        memory.append(train(run, controller, threads))
+        memory.append(train_alone("quickstart", run, options))
         clock.report(run)
 
     benchmark.pedantic(one_run, rounds=ROUNDS)

@@ -113,7 +113,7 @@ def estimate(config: Config, gpu_bytes: float, gpus: int = 1, shape: Shape | Non
     moments = (8 if config.optimizer == "adamw" else 2 * (1 + 4 / 256)) * trained / gpus  # a float32 per 256 bytes
     items["moments"] = (moments, moments, moments)
     if config.kl_coef and not lora:  # with adapters the reference is the model without them
-        reference = 4 * shape.parameters / gpus
+        reference = (c if gpus == 1 else 4) * shape.parameters / gpus
         items["reference"] = (reference, reference, reference)
 
     whole = c * (2 * shape.block_parameters + shape.embedding_parameters)  # two blocks on their way, and the root

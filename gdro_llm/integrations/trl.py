@@ -311,6 +311,8 @@ def _refusals(
         return
     if args.num_generations != mean:
         yield f"num_generations must be the controller's mean_rollouts = {mean:g}, got {args.num_generations}"
+    if controller.pilot != 0:
+        yield f"pilot must be 0, got {controller.pilot}: TRL draws all rollouts of a batch before it grades one"
     game = controller.rollout
     if game is not None and game.min_rollouts == 1:
         yield "min_rollouts must be at least 2, or 0, got 1: a rollout alone in its group teaches nothing"

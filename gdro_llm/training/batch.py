@@ -1,7 +1,9 @@
 """What enters the loss: rollouts and, by row, an advantage, a factor and whether the row counts.
 
 `make_batch` turns graded rollouts into that record: advantages are centred (and scaled) within each prompt's group,
-whatever its size (Eq. 3; in stages where the plan has two), and the prompt's weight (Eq. 16) is a factor beside them.
+whatever its size (Eq. 3), and the prompt's weight (Eq. 16) is a factor beside them. Where a plan has two stages the
+group is pooled all the same: that keeps the direction for rewards of 0 and 1, and gains more; with a soft punishment
+rewards are fractions, and baselines go stage by stage (theorem 21).
 `Refill` gathers mixed groups of several steps until they are a batch (dynamic sampling, DAPO).
 """
 
@@ -48,7 +50,7 @@ def make_batch(rollouts: Rollouts, rewards_R: np.ndarray, plan: Plan, config: Co
         lengths_R = rollouts.mask_R_T.sum(-1).cpu().numpy()
         rewards_R = rewards_R + overlong_penalty(lengths_R, config.max_new_tokens, config.overlong_buffer)
     owner_R = rollouts.owner_R.cpu().numpy()
-    if plan.first is None:
+    if plan.first is None or config.overlong != "punish":  # of rewards 0 and 1 (theorem 21 b)
         advantages_R = group_advantages(rewards_R, owner_R, scale=config.scale_rewards, included_R=included_R)
     else:
         stage_R = plan.stage[np.isin(plan.owner, owner_R)]

@@ -404,21 +404,26 @@ def test_the_second_stage_spends_the_tokens_that_the_first_left():
 
 @pytest.mark.parametrize("seed", range(20))
 def test_the_second_stage_is_greedy_by_gain_per_token(seed):
-    """Against enumeration of what the tokens left can buy, less the gain of the rollout that no longer fits."""
+    """Against enumeration of what the tokens left can buy, less what no longer fits at the last gain per token."""
     rng = np.random.default_rng(seed)
-    game, first = RolloutGDRO(4, 0, 6, signal(0.5)), np.array([2, 0, 3, 2])
+    game, first, right = RolloutGDRO(4, 0, 6, signal(0.0)), np.array([2, 0, 3, 2]), np.array([1, 0, 2, 0])
     a, b, cost = rng.uniform(0.5, 6.0, (3, 4))
     tokens = float(cost @ first + 6.0 * cost.mean())
-    counts, price = game.extend_tokens(first, a, b, costs=cost, tokens=tokens, most=100)
-    table = game.utility.of(a, b, np.arange(7))
-    plans = map(np.array, itertools.product(range(2, 7), [0], range(3, 7), range(2, 7)))
-    best = max(value(table, n) for n in plans if cost @ n <= tokens)
+    counts, price = game.extend_tokens(first, right, a, b, costs=cost, tokens=tokens, most=100)
+    further = game.utility.further
+    assert further is not None
+    table = further(a[:, None], b[:, None], right[:, None], first[:, None].astype(float), np.arange(7))
+    plans = map(np.array, itertools.product(range(5), [0], range(4), range(5)))
+    best = max(value(table, more) for more in plans if cost @ (first + more) <= tokens)
     left = tokens - cost @ counts
     assert left >= 0
     assert counts[1] == 0
-    assert value(table, counts) >= best - price * left - 1e-12
-    limited, _ = game.extend_tokens(first, a, b, costs=cost, tokens=tokens, most=8)
+    assert value(table, counts - first) >= best - price * left - 1e-12
+    limited, _ = game.extend_tokens(first, right, a, b, costs=cost, tokens=tokens, most=8)
     assert limited.sum() <= 8
+    none, nothing = game.extend_tokens(first, right, a, b, costs=cost, tokens=0.0, most=100)
+    assert none.tolist() == first.tolist()
+    assert nothing == 0.0
 
 
 def test_joint_play_in_tokens_gives_everybody_its_least():

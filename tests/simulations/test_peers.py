@@ -14,6 +14,7 @@ from simulations.experiments import frontier as experiment
 from simulations.peers import PEERS
 from simulations.population import SkillPopulation, train
 from simulations.race import Groups, own_stream, race
+from simulations.testbeds import AdamLike, Learner, cells
 
 MEAN, BATCH = 8, 20
 ADAPTIVE = ("Reinforce-Ada", "GRESO", "DAPO refill", "VIGOR")
@@ -272,3 +273,30 @@ def test_the_verdict_needs_pass_at_8_above_and_mean_at_8_not_below_uniform_every
         assert not verdict.holds
         assert verdict.text.count("FAILS") == len(experiment.REPORT)
     assert "| +2.00 [+2.00, +2.00], groups of 8 |" in experiment.tabulate(rows(1.0, 0.0))
+
+
+def test_ar3po_goes_on_until_the_first_right_answer():
+    """Rounds of n_bar / 2 for prompts never solved, four at most."""
+    peer, seen = peers.AR3PO(small(), MEAN, own_stream(0)), groups([0, 0, 0, 0], [1, 0, 0, 0])
+    assert peer.counts(np.arange(2)).tolist() == [4, 4]
+    assert peer.more(seen, 1).tolist() == [4, 0]
+    assert peer.more(seen, 4) is None
+    assert peer.more(groups([1, 1, 1, 1]), 1) is None
+
+
+def test_pilot_commit_spends_the_rest_on_mixed_prompts():
+    """Of three pilots of 4 one is mixed: it gets the rest of 24, and is trained on alone."""
+    peer, seen = peers.PilotCommit(small(), MEAN, own_stream(0)), groups([0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1])
+    assert peer.counts(np.arange(2)).tolist() == [4, 4]
+    assert peer.more(seen, 1).tolist() == [0, 12, 0]
+    assert peer.more(seen, 2) is None
+    assert peer.keep(seen).rows.tolist() == [1]
+
+
+def test_a_controller_with_a_pilot_spends_the_budget_in_a_race():
+    """Steps of two stages while prompts are new, of one stage afterwards."""
+    learner = Learner(cells(0, prompts=64, held_out=40), steps=AdamLike(), learning_rate=0.2)
+    controller = GDROController.recommended(8, 0, 24, pilot=4)
+    run = race(learner, controller, 6 * 16 * 8, 16, seed=1)
+    assert [row["rollouts"] for row in run] == [16 * 8 * t for t in range(7)]
+    assert len(controller.classifier) == 64

@@ -385,6 +385,7 @@ REFUSED = {
         "controller": GDROController.recommended(4, tokens=TokenBudget()),
     },
     "min_rollouts must be at least 2, or 0, got 1": {"controller": controller(min_rollouts=1)},
+    "pilot must be 0, got 2: TRL draws": {"controller": GDROController.recommended(4, pilot=2)},
     "preserve_objective needs .* got prompt, none": {
         "controller": controller(preserve_objective=True),
         "settings": {"scale_rewards": "none"},

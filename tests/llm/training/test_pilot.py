@@ -18,6 +18,7 @@ from gdro_llm.engine.workers import Workers
 from gdro_llm.problems.load import load_problems
 from gdro_llm.problems.rewards import Grader
 from gdro_llm.training.clock import Clock
+from gdro_llm.training.losses import group_advantages, overlong_penalty
 from gdro_llm.training.planners import build_controller
 from gdro_llm.training.step import Collected, collect, step_seed
 from gdro_llm.training.trainer import train
@@ -57,12 +58,23 @@ def test_the_second_stage_follows_the_first_in_the_order_of_the_plan(run_config,
 
 
 @pytest.mark.parametrize("scale", [True, False])
-def test_advantages_are_those_of_stages(run_config, tiny, scale):
-    """Of theorem 21, not of the pooled group, whose mean is biased where a stage depends on another."""
-    got = collected(tiny, run_config(**PILOT, scale_rewards=scale))
-    expected = staged_advantages(got.rewards_R, got.plan.owner, got.plan.stage, scale=scale)
+@pytest.mark.parametrize("settings", [{}, {"overlong": "punish", "overlong_buffer": 3, "max_new_tokens": 4}])
+def test_fractional_rewards_have_baselines_by_stage(run_config, tiny, settings, scale):
+    """Of 0 and 1 the group is pooled (theorem 21 b); a soft punishment makes fractions."""
+    config = run_config(**PILOT, **settings, scale_rewards=scale)
+    got = collected(tiny, config)
+    plan, rewards = got.plan, got.rewards_R
+    assert plan.first is not None
+    pooled = group_advantages(rewards, plan.owner, scale=scale)
+    if not settings:
+        assert got.batch.advantages_R.tolist() == pooled.tolist()
+        assert np.abs(pooled).max() > 0
+        return
+    lengths = got.batch.rollouts.mask_R_T.sum(-1).numpy()
+    punished = rewards + overlong_penalty(lengths, config.max_new_tokens, config.overlong_buffer)
+    expected = staged_advantages(punished, plan.owner, plan.stage, scale=scale)
     assert got.batch.advantages_R.tolist() == expected.tolist()
-    assert np.abs(expected).max() > 0
+    assert np.abs(expected - group_advantages(punished, plan.owner, scale=scale)).max() > 0
 
 
 def both_halves(policy, config: Config) -> list[Collected]:
