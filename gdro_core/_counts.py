@@ -163,18 +163,22 @@ def token_counts(
     low: int,
     *,
     baseline: bool,
+    evenness: float = 0.0,
     rng: np.random.Generator | None = None,
 ) -> tuple[Ints, float]:
     """`token_allocation` of a (N, A) table of n = low, low + 1, ...: counts, and the best gain a token still for sale.
 
-    With `baseline`, `low` is 0 and rows, 0 at n = 1, are concave from there on; else they are concave.
+    With `baseline`, `low` is 0 and rows, 0 at n = 1, are concave from there on; else they are concave. With `evenness`
+    1 pieces are bought by gain per rollout, as far as the tokens go.
     """
     order = np.arange(cost.size) if rng is None else rng.permutation(cost.size)  # the first of equal prompts wins
     shop = _Shop(table[order], cost[order], low, baseline=baseline)
-    plans = [shop.plan(budget, room)]
+    plans = [shop.plan(budget, room, evenness)]
     equal = min(int(budget * (1.0 + 1e-12) / cost.sum()), room // cost.size, low + table.shape[1] - 1)
     if equal > low + 1:  # no plan is below that of equal counts
-        plans.append(_Shop(table[order, equal - low :], cost[order], equal, baseline=False).plan(budget, room))
+        plans.append(
+            _Shop(table[order, equal - low :], cost[order], equal, baseline=False).plan(budget, room, evenness)
+        )
     best = max(plans, key=lambda plan: float(shop.value(plan)))
     counts = np.empty(cost.size, dtype=np.int64)
     counts[order] = best
@@ -204,13 +208,13 @@ class _Shop:
             self.size[:, 0] = self.line
         self.gains = np.minimum.accumulate(self.gains, axis=1)
 
-    def plan(self, budget: float, room: int) -> Ints:
-        """(N,) counts by gain a token; where that is cut off by `room`, by gain over tokens and rollouts mixed."""
+    def plan(self, budget: float, room: int, evenness: float) -> Ints:
+        """(N,) counts by gain over tokens and rollouts mixed; where that is cut off by `room`, at the best mixture."""
         tokens, rollouts = budget - self.low * float(self.cost.sum()), room - self.low * self.cost.size
-        counts, crowded = self._fill(0.0, tokens, rollouts)
-        if not crowded:
+        counts, crowded = self._fill(evenness, tokens, rollouts)
+        if not crowded or evenness == 1.0:
             return counts
-        few, many = 0.0, 1.0
+        few, many = evenness, 1.0
         plans = [counts, self._fill(1.0, tokens, rollouts)[0]]
         for _ in range(8):
             middle = 0.5 * (few + many)

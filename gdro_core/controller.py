@@ -502,8 +502,9 @@ class GDROController:
             else:
                 batch = len(names) if budget is None else min(len(names), int(budget / rollout.mean_rollouts + 1e-9))
                 costs, tokens, most = self.tokens.limits(names, batch, rollout.mean_rollouts)
+                even = self.tokens.evenness
                 counts, price = rollout.allocate_tokens(
-                    groups, a, b, omega, costs=costs, tokens=tokens, most=most, budget=budget, rng=rng
+                    groups, a, b, omega, costs=costs, tokens=tokens, most=most, evenness=even, budget=budget, rng=rng
                 )
             if first := self._first_stage(rollout) if (groups < 0).any() else 0:
                 whole = int(counts.sum())
@@ -553,8 +554,9 @@ class GDROController:
             counts, price = game.extend(plan.counts, observation.correct, plan.rest, a, b, omega, rng=rng)
         else:
             costs, tokens, most = self.tokens.limits(plan.ids, plan.batch, game.mean_rollouts)
+            even, shown = self.tokens.evenness, observation.correct
             counts, price = game.extend_tokens(
-                plan.counts, observation.correct, a, b, omega, costs=costs, tokens=tokens, most=most, rng=rng
+                plan.counts, shown, a, b, omega, costs=costs, tokens=tokens, most=most, evenness=even, rng=rng
             )
         weights = _batch_weights(game.utility, a, b, counts, weights)
         return replace(plan, weights=weights, counts=counts, price=price, rest=0, first=plan.counts)

@@ -152,6 +152,9 @@ class TokenBudget:
 
     Args:
         num_bins: B, of the controller's classifier.
+        evenness: in [0, 1], see `RolloutGDRO.allocate_tokens`: 0 spends the tokens by gain per token, the best step in
+            the model, which prefers easy prompts; 1 by gain per rollout. 1/2 was chosen on the tuning populations of
+            `simulations/experiments/frontier.py`, with lengths: 1 gains a little more pass@8 there, 0 loses.
         gain: in (0, 1], share of the debt that a step pays back, at most a tenth of its budget.
         most: most rollouts of a step over n_bar a prompt, >= 1: short answers are many for the same tokens, and memory
             is finite.
@@ -162,8 +165,9 @@ class TokenBudget:
     (980.0, 0.1)
     """
 
-    def __init__(self, num_bins: int = 10, *, gain: float = 0.2, most: float = 1.5) -> None:
+    def __init__(self, num_bins: int = 10, *, evenness: float = 0.5, gain: float = 0.2, most: float = 1.5) -> None:
         self.costs = TokenCosts(num_bins)
+        self.evenness = number("evenness", evenness, 0.0, 1.0)
         self.gain = number("gain", gain, 0.0, 1.0, open_low=True)
         self.most = number("most", most, 1.0)
         self.spent, self.uniform = 0.0, 0.0  # tokens so far
@@ -212,4 +216,4 @@ class TokenBudget:
         self.spent, self.uniform = spent, uniform
 
     def _settings(self) -> dict[str, Any]:
-        return {"version": 1, "gain": self.gain, "most": self.most}
+        return {"version": 1, "evenness": self.evenness, "gain": self.gain, "most": self.most}

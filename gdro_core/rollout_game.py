@@ -143,6 +143,7 @@ class RolloutGDRO:
         costs: ArrayLike,
         tokens: float,
         most: int,
+        evenness: float = 0.0,
         budget: int | None = None,
         rng: np.random.Generator | None = None,
     ) -> tuple[Ints, float]:
@@ -152,6 +153,8 @@ class RolloutGDRO:
             bins, a, b, weights, rng: as in `allocate`.
             costs: (N,) > 0, expected tokens of a rollout of each prompt.
             tokens: in all; what prompts never seen leave of it is for the others, who get n_min in any case.
+            evenness: in [0, 1], share of a rollout's price that is the same for all: 0 buys by gain per token, 1 by
+                gain per rollout, as far as the tokens go.
             most: most rollouts in all, unless n_bar for each prompt never seen and n_min for the others are more.
             budget: as in `allocate`; here it says which prompts are the batch.
 
@@ -175,8 +178,10 @@ class RolloutGDRO:
         low = self.min_rollouts
         left = max(number("tokens", tokens, 0.0) - float(counts @ cost), low * float(cost[seen].sum()))
         room = max(integer("most", most, 0) - int(counts.sum()), low * seen.size)
-        baseline = low < self.utility.concave_from
-        counts[seen], price = token_counts(utility, cost[seen], left, room, low, baseline=baseline, rng=rng)
+        baseline, even = low < self.utility.concave_from, number("evenness", evenness, 0.0, 1.0)
+        counts[seen], price = token_counts(
+            utility, cost[seen], left, room, low, baseline=baseline, evenness=even, rng=rng
+        )
         return counts, price
 
     def _split(self, bins: ArrayLike, budget: int | None) -> tuple[Ints, Ints, Ints, int]:
@@ -256,6 +261,7 @@ class RolloutGDRO:
         costs: ArrayLike,
         tokens: float,
         most: int,
+        evenness: float = 0.0,
         rng: np.random.Generator | None = None,
     ) -> tuple[Ints, float]:
         """As `extend`, where what is left is a budget of tokens: greedy by gain per token (theorem 22).
@@ -265,10 +271,11 @@ class RolloutGDRO:
             costs: (N,) > 0, expected tokens of a rollout.
             tokens: of both stages; none are left if the first was expected to cost more.
             most: most rollouts of both stages.
+            evenness: as in `allocate_tokens`.
 
         Returns:
             counts: (N,) of both stages.
-            price: gain per token of the last rollout that was bought; 0 if none was.
+            price: gain per token of the last rollout that was bought, at evenness 0; 0 if none was.
 
         Raises:
             ValueError: a bad argument.
@@ -278,7 +285,9 @@ class RolloutGDRO:
         if not cost.all():
             raise ValueError("costs must be above 0, got 0.0")
         rows = np.arange(cost.size) if rng is None else rng.permutation(cost.size)  # the first of equal prompts wins
-        density = np.minimum.accumulate(gains[rows] / cost[rows, None], axis=1).ravel()
+        share = number("evenness", evenness, 0.0, 1.0)
+        charge = (1.0 - share) * cost + share * cost.mean()
+        density = np.minimum.accumulate(gains[rows] / charge[rows, None], axis=1).ravel()
         order = np.argsort(-density, kind="stable")
         order = order[np.isfinite(density[order])]
         owner = rows[order // gains.shape[1]]

@@ -9,7 +9,8 @@ coefficient of variation .5 and mean
 own_i log-normal with spread .35, p_i the present pass rate, so that what is learnt is answered shorter. Runs are those
 of the frontier experiment, on some of its reported populations; the recommended controller is offered two prompts for
 each one of a batch. A run goes on until it has spent the rollouts and the tokens of the uniform run of its seed, and
-is read off, between steps, where it has spent the one and where it has spent the other.
+is read off, between steps, where it has spent the one and where it has spent the other. `in tokens` has the default
+evenness of `TokenBudget`; the two ends of it are beside it.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ COLUMNS = {
     "rollouts": "in these steps, over n_bar a prompt (1)",
     "length": "mean tokens of a rollout in these steps",
 }
-SEEDS, BLOCK = 20, 2
+SEEDS, BLOCK = 10, 1
+OURS = "in tokens"
 PROMPT, HARDEST, EASIEST, GROWTH = 120, 900, 250, 1.5  # tokens; growth of answers over a run
 STEPS = 50  # of which costs are compared
 MORE = 2.0  # rollouts of a run over the uniform one's: enough to spend its tokens
@@ -90,7 +92,9 @@ class Worded(GDROController):
 RULES: dict[str, Callable[[int], Worded]] = {
     "uniform": lambda seed: Worded.uniform(MEAN, seed=seed),
     "recommended": lambda seed: Worded.recommended(MEAN, seed=seed),
-    "recommended, tokens": lambda seed: Worded.recommended(MEAN, tokens=TokenBudget(), seed=seed),
+    OURS: lambda seed: Worded.recommended(MEAN, tokens=TokenBudget(), seed=seed),
+    "by gain per token": lambda seed: Worded.recommended(MEAN, tokens=TokenBudget(evenness=0.0), seed=seed),
+    "by gain per rollout": lambda seed: Worded.recommended(MEAN, tokens=TokenBudget(evenness=1.0), seed=seed),
 }
 MEASURES = {"pass_at_8": "pass@8", "mean_at_8": "mean@8"}
 BUDGETS = ("rollouts", "tokens")
@@ -184,12 +188,12 @@ def judge(rows: list[Row]) -> Verdict:
     """Mean cost within 2 % and interval of pass@8 at equal tokens above 0, on every population."""
     holds, text = True, []
     for name in _names(rows):
-        cost, worst = _cost(rows, name, "recommended, tokens")
-        ours = mean_interval(gain(rows, name, "recommended, tokens", "pass_at_8", "tokens"))
+        cost, worst = _cost(rows, name, OURS)
+        ours = mean_interval(gain(rows, name, OURS, "pass_at_8", "tokens"))
         good = abs(cost.mean()) < 2.0 and ours[1] > 0
         holds &= bool(good)
         plain = [gain(rows, name, "recommended", "pass_at_8", kind).mean() for kind in BUDGETS]
-        mean = gain(rows, name, "recommended, tokens", "mean_at_8", "tokens").mean()
+        mean = gain(rows, name, OURS, "mean_at_8", "tokens").mean()
         text.append(
             f"{name}: {with_interval(*ours, '+.2f')} pass@8, {mean:+.2f} mean@8{'' if good else ' FAILS'} at equal "
             f"tokens, cost {cost.mean():+.2f} % (worst {worst:+.2f}); by rollouts {plain[1]:+.2f} pass@8 at equal "

@@ -426,6 +426,26 @@ def test_the_second_stage_is_greedy_by_gain_per_token(seed):
     assert nothing == 0.0
 
 
+def test_evenness_leads_from_gain_per_token_to_gain_per_rollout():
+    """At 0 `token_allocation`; at 1 the plan of `frontier_allocation` as far as the tokens go; between, between."""
+    rng = np.random.default_rng(9)
+    a, b = rng.uniform(0.3, 8.0, (2, 64))
+    cost, game, seen = 100.0 + 900.0 * b / (a + b), RolloutGDRO(4, 0, 12, signal(0.5)), np.zeros(64, dtype=int)
+    table, tokens = game.utility.of(a, b, np.arange(13)), 4.0 * float(cost.sum())
+    plans = {
+        even: game.allocate_tokens(seen, a, b, costs=cost, tokens=tokens, most=512, evenness=even)[0]
+        for even in (0.0, 0.5, 1.0)
+    }
+    assert all(0 <= tokens - cost @ n < cost.max() for n in plans.values())
+    assert plans[0.0].tolist() == token_allocation(table, cost, tokens, most_rollouts=512).tolist()
+    by_rollout = plans[1.0]
+    best = value(table, frontier_allocation(table, int(by_rollout.sum())))
+    assert value(table, by_rollout) == pytest.approx(best, rel=0.01)
+    assert plans[0.0].sum() > plans[0.5].sum() > by_rollout.sum()
+    with pytest.raises(ValueError, match=r"evenness must lie in \[0, 1\], got 2"):
+        TokenBudget(evenness=2.0)
+
+
 def test_joint_play_in_tokens_gives_everybody_its_least():
     """n_min is met first; what is left goes by the variance that a token takes away."""
     game = RolloutGDRO(4, 2, 12)

@@ -30,7 +30,7 @@ CASES = {
         "max_new_tokens": 4,
     },
     "punished": {"loss": "dr_grpo", "overlong": "punish", "overlong_buffer": 2, "max_new_tokens": 3},
-    "tokens": {"budget": "tokens", "candidates": 1, "min_rollouts": 2, "max_new_tokens": 3},
+    "tokens": {"budget": "tokens", "candidates": 1, "kl_coef": 0.1, "minibatches": 2, "train_problems": 16},
     "preserved": {
         "controller": "joint",
         "loss": "cispo",
