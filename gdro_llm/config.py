@@ -216,7 +216,11 @@ class Config:
     eval_top_p: float = _decoding(1.0, "nucleus of evaluation samples; 1 is the whole distribution", gt=0, le=1)
     eval_top_k: int = _decoding(0, "evaluate from the k most likely tokens; 0 is all", ge=0)
     max_sampler_gap: float = _sampling(
-        0.1, "stop when |log-probability of sampler - of trainer| exceeds this on average", gt=0
+        0.0,
+        "stop when |log-probability of sampler - of trainer| exceeds this on average; 0: 0.1 with bfloat16, 0.01 with "
+        "float32",
+        ge=0,
+        resumable=True,
     )
     stop: str = _decoding("", "a token whose text contains this ends a completion, as the model's own end does")
     sample_rows: int = _sampling(

@@ -262,11 +262,12 @@ class Run:
 
     def check_sampler(self, step: int, gap: float) -> None:
         """Stop when sampler and trainer are not the same policy: else updates are wrong without any sign of it."""
-        if gap <= self.config.max_sampler_gap:
+        most = self.config.max_sampler_gap or (0.1 if self.policy.compute == torch.bfloat16 else 0.01)
+        if gap <= most:
             return
         raise UsageError(
             f"step {step + 1}: the log-probabilities of engine {self.config.engine!r} are {gap:.3g} off the trainer's "
-            f"on average, more than max_sampler_gap = {self.config.max_sampler_gap:g}: stale weights, another "
+            f"on average, more than max_sampler_gap = {most:g}: stale weights, another "
             "temperature or number format. Try --engine hf, or with bfloat16 --importance-cap 2 and a larger "
             "--max-sampler-gap; nothing was saved of this step"
         )

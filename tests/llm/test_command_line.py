@@ -489,7 +489,7 @@ def test_what_is_declared_at_a_field_is_what_runs_rely_on():
         "eval_top_k stop sample_rows"
     )
     memory = {"gradient_checkpointing", "vllm_memory", "sample_rows", "update_tokens"}
-    assert set(RESUMABLE) == {"device", "threads", "grade_workers", "log_to"} | memory
+    assert set(RESUMABLE) == {"device", "threads", "grade_workers", "max_sampler_gap", "log_to"} | memory
     data = {name for name, spec in OPTIONS.items() if spec["group"] == "data"} - {"reward_noise"}
     evaluations = {name for name in OPTIONS if name.startswith("eval_")}
     assert set(SHARED) == {"seed", "model", "max_new_tokens", "stop"} | data | evaluations

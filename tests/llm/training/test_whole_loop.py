@@ -147,8 +147,8 @@ def test_engines_have_room_for_every_prompt_that_is_evaluated(run_config, tiny_m
     assert [config.max_prompt_tokens for config in asked] == [7, 7]
 
 
-@pytest.mark.parametrize("off", [0.0, 0.3])
-def test_a_sampler_that_is_not_the_policy_stops_the_run(run_config, tmp_path, monkeypatch, off):
+@pytest.mark.parametrize(("off", "settings"), [(0.0, {}), (0.02, {}), (0.02, {"max_sampler_gap": 0.1}), (0.3, {})])
+def test_a_sampler_that_is_not_the_policy_stops_the_run(run_config, tmp_path, monkeypatch, off, settings):
     """Also when no completion is correct, so that there is nothing to train on; before anything is saved."""
     draw = HFSampler.sample
 
@@ -159,9 +159,9 @@ def test_a_sampler_that_is_not_the_policy_stops_the_run(run_config, tmp_path, mo
         return rollouts
 
     monkeypatch.setattr(HFSampler, "sample", stale)
-    if off == 0:
-        train(run_config(), tmp_path / "run")
+    if off <= settings.get("max_sampler_gap", 0.01):
+        train(run_config(**settings), tmp_path / "run")
         return
-    with pytest.raises(UsageError, match=r"step 1: .*0\.3 off the trainer's.*max_sampler_gap.*--engine hf"):
-        train(run_config(), tmp_path / "run")
+    with pytest.raises(UsageError, match=rf"step 1: .*{off} off the trainer's.*max_sampler_gap = 0\.01.*--engine hf"):
+        train(run_config(**settings), tmp_path / "run")
     assert not list((tmp_path / "run").glob("checkpoint-*"))
