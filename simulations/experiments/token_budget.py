@@ -32,8 +32,8 @@ from simulations.race import race
 from simulations.testbeds import Learner
 
 CLAIM = (
-    "With a budget of tokens runs cost on average within 2 % of what their uniform plans would have cost over 50 steps, "
-    "and end above uniform GRPO in pass@8 at equal tokens on every population"
+    "With a budget of tokens runs cost on average within 2 % of what their uniform plans would have cost over 50 "
+    "steps, and end above uniform GRPO in pass@8 at equal tokens on every population"
 )
 SOURCE = "theorem 22"
 COLUMNS = {
