@@ -168,9 +168,13 @@ def shard(root: nn.Module, layers: nn.ModuleList, device: torch.device, compute:
     precision = MixedPrecisionPolicy(
         param_dtype=None if compute == torch.float32 else compute, reduce_dtype=torch.float32
     )
-    for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=precision)
-    fully_shard(root, mesh=mesh, mp_policy=precision)
+    blocks = [fully_shard(layer, mesh=mesh, mp_policy=precision) for layer in layers]
+    whole = fully_shard(root, mesh=mesh, mp_policy=precision)
+    # By itself FSDP gathers ahead what ran before in the last forward pass, with or without gradients. Processes that
+    # sample or measure other rows would then gather other blocks, and wait for each other for ever.
+    before: list[Any] = [blocks[0], *blocks]
+    for block, previous in zip([*blocks, whole], before, strict=True):
+        block.set_modules_to_backward_prefetch([previous])
 
 
 def reshard(root: nn.Module) -> None:

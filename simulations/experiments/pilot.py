@@ -190,7 +190,7 @@ def judge(rows: list[Row]) -> Verdict:
         over = "uniform" if case[0] <= 2 else "recommended"
         for population in POPULATIONS:
             solved, mean = (mean_interval(gain(rows, case, population, OURS, m, over)) for m in MEASURES)
-            acts = case[0] <= 2 and bool(gain(rows, case, population, OURS, "mean_at_8", over).any())
+            acts = case[0] <= 2 and float(np.abs(gain(rows, case, population, OURS, "mean_at_8", over)).max()) > 1e-6
             good = min(solved[0], mean[0]) > -0.3 and (mean[1] > 0 or not acts)
             holds &= bool(good)
             label = f"{population}, {case[0]} epochs, n_bar {case[1]}"
@@ -202,7 +202,7 @@ def judge(rows: list[Row]) -> Verdict:
 def draw(rows: list[Row]) -> Figure:
     """Paired differences from uniform in one epoch, with 95 % intervals."""
     cases = [case for case in _cases(rows) if case[0] == 1]
-    figure = Figure(figsize=(3.0 + 2.0 * len(cases), 4.5))
+    figure = Figure(figsize=(3.0 + 1.5 * len(cases), 3.8))
     axes = np.atleast_1d(figure.subplots(1, len(cases), sharey=True))
     for axis, case in zip(axes, cases, strict=True):
         for k, rule in enumerate((OURS, "pilot", "groups three times as large", "Pilot-Commit")):
