@@ -38,7 +38,7 @@ COLUMNS = {
     "mean_at_8": "held-out mean pass rate, there (1)",
     "rollouts": "in all",
 }
-SEEDS, BLOCK = 30, 2
+SEEDS, BLOCK = 10, 2
 CASES = [(1, 4), (1, 8), (1, 16), (2, 4), (2, 8), (2, 16), (8, 8)]  # epochs, n_bar
 MEASURES = {"pass_at_8": "pass@8", "mean_at_8": "mean@8"}
 OURS = "pilot, own choice"
