@@ -75,12 +75,13 @@ compare: install  ## does it work? methods x seeds x testbeds (hours; resumes)
 # Groups of 2, 4, 8 and 16 at the same rollouts, and where 40 % of the training problems cannot be solved: on the warm
 # starts of `compare`.
 GROUPS := grpo,grpo+mean_rollouts=2+batch_size=256,grpo+mean_rollouts=8+batch_size=64,grpo+mean_rollouts=16+batch_size=32+max_rollouts=16
+RULES := recommended,recommended+learnt_prior=true+adversary_step=0.3
 groups: install  ## group sizes and the recommended controller, also with dead problems (hours; resumes)
 	@for t in cells cells-shared; do starts=; for s in 1 2 3 4; do d=runs/warm/$$t-0.9M-$$s; starts=$$starts,$$d; \
 	  [ -e $$d/model.safetensors ] || $(BIN)/gdro warm-start $$t --seed $$s --out $$d || exit 1; done; \
-	$(BIN)/gdro compare quickstart --data $$t --models $${starts#,} --methods $(GROUPS),recommended --out runs/compare/groups-$$t || exit 1; \
+	$(BIN)/gdro compare quickstart --data $$t --models $${starts#,} --methods $(GROUPS),$(RULES) --out runs/compare/groups-$$t || exit 1; \
 	[ $$t != cells ] || $(BIN)/gdro compare quickstart --data cells-dead --models $${starts#,} \
-	  --methods $(GROUPS),recommended,null,joint --out runs/compare/groups-cells-dead || exit 1; done
+	  --methods $(GROUPS),$(RULES),null,joint --out runs/compare/groups-cells-dead || exit 1; done
 
 # MODEL: a hub name or a folder. First the rate for plain GRPO on validation problems of two other seeds, then what is asked.
 MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct
