@@ -212,11 +212,12 @@ class Run:
         """A line where problems are drawn too rarely for the controller to act on them."""
         config, size = self.config, len(self.train_problems)
         times = config.steps * config.batch_size / size
-        if times < 3 and config.controller != "grpo":
+        if times < 3 and config.controller != "grpo" and not config.pilot:
+            or_pilot = "; --pilot 2 acts from the first time on" if config.controller == "recommended" else ""
             say(
                 self.workers,
                 f"each of {size} problems is drawn {times:.2g} times in this run, and the controller acts on a "
-                "problem from its second time on: more steps or fewer train_problems give it more to act on",
+                f"problem from its second time on: more steps or fewer train_problems give it more to act on{or_pilot}",
             )
 
     def _restore(self, checkpoint: Path) -> None:
