@@ -264,7 +264,7 @@ ENGINES = {
 @pytest.mark.parametrize("engine", ENGINES)
 def test_engines_decide_what_the_own_loop_decides(engine, case, run_config, tmp_path, request):
     """Ids, bins, weights, counts and price of every plan; weights times advantages; the memory after all steps; and
-    the names of what is logged, bin by bin (verl also counts the rollouts that it lost; only the own loop its tokens)."""
+    the names of what is logged, bin by bin (verl also counts rollouts that it lost; the own loop its tokens)."""
     package, run, rtol, rtol_without_a_game = ENGINES[engine]
     pytest.importorskip(package)
     rhythm = {"steps": STEPS, "eval_every": STEPS, "save_every": STEPS, "eval_samples": 1}
