@@ -1,9 +1,9 @@
 """Attention on a CPU: the fast way for each use, where transformers' own copies the keys and values of every group.
 
 1. Without gradients torch's kernel reads keys and values that several heads share where they are: the same bits as from
-   repeated ones, at a quarter of the time.
-2. With gradients in bfloat16 torch's kernel has no use for matrix units: products of all heads of a group together are
-   eight times as fast while a row of scores is short; longer rows go through the kernel in float32.
+   repeated ones, without the copies.
+2. With gradients in bfloat16 torch's kernel makes no use of matrix units: products of all heads of a group together do,
+   while a row of scores is short; longer rows go through the kernel in float32.
 3. Other formats with gradients stay as transformers has them.
 """
 

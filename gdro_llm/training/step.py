@@ -128,13 +128,18 @@ def flip_rewards(
     """Grades of some rows of a stage, a share `reward_noise` of them flipped: r becomes 1 - r."""
     if not config.reward_noise:
         return rewards
-    wrong = np.random.default_rng([config.seed, step, 2, *[stage] * stage]).random(total)[rows] < config.reward_noise
+    wrong = np.random.default_rng([config.seed, step, 2, *_later(stage)]).random(total)[rows] < config.reward_noise
     return np.where(wrong, 1.0 - rewards, rewards)
 
 
 def step_seed(seed: int, step: int, stage: int = 0) -> int:
     """Seed of the draws of a step's stage."""
-    return int(np.random.SeedSequence([seed, step, *[stage] * stage]).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence([seed, step, *_later(stage)]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _later(stage: int) -> list[int]:
+    """What a stage adds to a seed; the first adds nothing, so that it draws as a step of one stage."""
+    return [stage] if stage else []
 
 
 def summarise(

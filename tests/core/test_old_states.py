@@ -65,6 +65,16 @@ def test_every_saved_state_is_read():
     assert BUILD.keys() == SAVED["controllers"].keys()
 
 
+def assert_continues(controller, saved) -> None:
+    """From a saved state, through the batches that followed it then."""
+    controller.load_state_dict(saved["state"])
+    for batch in saved["after"]:
+        plan = controller.plan(batch["ids"])
+        assert plan.counts.tolist() == batch["counts"]
+        assert plan.weights.tolist() == batch["weights"]
+        controller.observe(plan, batch["rewards"])
+
+
 @pytest.mark.parametrize("name", BUILD)
 def test_a_state_of_version_1_continues_bit_for_bit(name):
     """Counts and weights of the three batches after it, with the same rewards and losses; saved again it is of now."""
@@ -93,13 +103,7 @@ BUILD_2 = {
 @pytest.mark.parametrize("name", SAVED_2["controllers"])
 def test_a_state_of_version_2_continues_bit_for_bit(name):
     """Counts and weights of the three batches after it: no components, and prompts without rollouts do not fade."""
-    controller, saved = BUILD_2[name](), SAVED_2["controllers"][name]
-    controller.load_state_dict(saved["state"])
-    for batch in saved["after"]:
-        plan = controller.plan(batch["ids"])
-        assert plan.counts.tolist() == batch["counts"]
-        assert plan.weights.tolist() == batch["weights"]
-        controller.observe(plan, batch["rewards"])
+    assert_continues(BUILD_2[name](), SAVED_2["controllers"][name])
 
 
 BUILD_3 = {
@@ -112,13 +116,7 @@ BUILD_3 = {
 @pytest.mark.parametrize("name", SAVED_3["controllers"])
 def test_a_state_of_version_3_continues_bit_for_bit(name):
     """Counts and weights of the three batches after it: the prior was fixed."""
-    controller, saved = BUILD_3[name](), SAVED_3["controllers"][name]
-    controller.load_state_dict(saved["state"])
-    for batch in saved["after"]:
-        plan = controller.plan(batch["ids"])
-        assert plan.counts.tolist() == batch["counts"]
-        assert plan.weights.tolist() == batch["weights"]
-        controller.observe(plan, batch["rewards"])
+    assert_continues(BUILD_3[name](), SAVED_3["controllers"][name])
 
 
 def test_the_bandit_of_version_1_continues_bit_for_bit():

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import fields, replace
 from pathlib import Path
@@ -172,38 +173,22 @@ def run_both(names: list[str], tiny_config, folder: Path) -> tuple[list[dict], d
     return two, one, folder
 
 
+def of_model(folder: Path) -> Callable[..., Config]:
+    """As the fixture `tiny_config`, for fixtures of a module."""
+    values = {"model": str(folder), "threads": 1, "device": "cpu", "dtype": "float32", "max_new_tokens": 6}
+    return lambda **overrides: Config(**{**values, **overrides})
+
+
 @pytest.fixture(scope="module")
 def both(tmp_path_factory, tiny_model):
-    def config(**overrides) -> Config:
-        return Config(
-            **{
-                "model": str(tiny_model),
-                "threads": 1,
-                "device": "cpu",
-                "dtype": "float32",
-                "max_new_tokens": 6,
-                **overrides,
-            }
-        )
-
-    return run_both(["dapo", "grpo", "one-prompt"], config, tmp_path_factory.mktemp("two"))
+    return run_both(["dapo", "grpo", "one-prompt"], of_model(tiny_model), tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")
 def both_slow(tmp_path_factory, tiny_model):
-    def config(**overrides) -> Config:
-        return Config(
-            **{
-                "model": str(tiny_model),
-                "threads": 1,
-                "device": "cpu",
-                "dtype": "float32",
-                "max_new_tokens": 6,
-                **overrides,
-            }
-        )
-
-    return run_both(["all-options", "lora", "bfloat16", "lora-bfloat16"], config, tmp_path_factory.mktemp("two-slow"))
+    return run_both(
+        ["all-options", "lora", "bfloat16", "lora-bfloat16"], of_model(tiny_model), tmp_path_factory.mktemp("two-slow")
+    )
 
 
 def compare(two: list[dict], one: dict, _: Path, name: str) -> None:
